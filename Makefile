@@ -1,0 +1,39 @@
+# make run    the environment, MNIST and the four scripts, in order
+# make test   the environment, lint and tests
+# PYTHON=     the interpreter that makes the environment (3.11 or newer)
+# TORCH_INDEX= an index of PyTorch builds to take torch and torchvision from (see README)
+
+SHELL := /bin/sh
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: run test
+.DELETE_ON_ERROR:
+
+run: $(VENV)/ready
+	$(BIN)/python -m src.mnist_files
+	$(BIN)/python main_training.py
+	$(BIN)/python main_adv_training.py
+	$(BIN)/python main_random_smoothing.py
+	$(BIN)/python main_compare.py
+
+test: $(VENV)/ready-to-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m src.mnist_files
+	$(BIN)/python -m pytest
+
+# Written last, so an environment without it was interrupted and is made anew.
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is older than Python 3.11; choose another with PYTHON=")'
+	@test -f $@ || { echo "Making the environment in $(VENV) (torch is large, this takes minutes)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(if $(TORCH_INDEX),$(PIP) torch torchvision --index-url $(TORCH_INDEX))
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/ready-to-test: requirements-dev.txt $(VENV)/ready
+	$(PIP) -r requirements-dev.txt
+	@touch $@

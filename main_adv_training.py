@@ -1,0 +1,93 @@
+"""Adversarial training of ConvNN with the gradient attack, or PGD, on MNIST.
+
+Every epoch is watched on held-out training images: the epoch with the best PGD accuracy is
+saved, and catastrophic overfitting is reported. Writes models/adversarial_training.pt,
+results/adversarial_training_attacks.csv and figures.
+"""
+
+from pathlib import Path
+
+from src.adversarial import (
+    collapsed_epochs,
+    held_out_watch,
+    ramped_adversarial_loss,
+    training_attack,
+)
+from src.checkpoints import save_checkpoint
+from src.command_line import count, number, provenance, run, script_parser, training_options
+from src.models import ConvNN
+from src.plotting import plot_held_out_robustness, plot_training
+from src.reports import report_attacks, spread
+from src.training_and_evaluation import accuracy, train_model
+from src.utils import get_device, load_training_data, seed_everything
+
+NAME, TITLE = "adversarial_training", "Adversarial training"
+
+
+def main(argv=None):
+    parser = script_parser(__doc__)
+    training_options(parser, epochs=15)
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
+    parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, in pixel units")
+    parser.add_argument(
+        "--attack", choices=("gradient", "pgd"), default="gradient", help="used in training"
+    )
+    parser.add_argument("--steps", type=count(), default=7, help="of PGD in training")
+    args = parser.parse_args(argv)
+    device = get_device(args.device)
+    seed_everything(args.seed)
+    train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
+
+    print(
+        f"Adversarial training of ConvNN {args.channels} on {len(train):,} images, {device}: "
+        f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
+    )
+    attack = training_attack(args.attack, args.norm, steps=args.steps, seed=args.seed)
+    figures = Path(args.figures)
+    model = ConvNN(args.channels, args.hidden).to(device)
+    history = train_model(
+        model,
+        train,
+        epochs=1 if args.quick else args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        loss_schedule=ramped_adversarial_loss(attack, args.epsilon),
+        watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),
+        select="pgd",
+    )
+    facts = provenance(Path(__file__).stem, args, argv) | {
+        "seconds": history["epochs"][-1]["seconds"]
+    }
+    path = save_checkpoint(Path(args.models) / f"{NAME}.pt", model, **facts)
+    collapsed = collapsed_epochs(history["epochs"])
+    if collapsed:
+        print(
+            f"ALARM: catastrophic overfitting in epochs {collapsed}: the network defeats the "
+            "single step, not the ball. Try --attack pgd, a smaller --epsilon or fewer --epochs."
+        )
+    print(f"Kept epoch {history['best_epoch']}, the best under PGD on held-out training images")
+    plot_training(history, figures / f"{NAME}_curves.png", TITLE)
+    plot_held_out_robustness(
+        history, figures / f"{NAME}_held_out.png", f"{TITLE}: held-out images", collapsed
+    )
+
+    test_accuracy = accuracy(model, test)
+    print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
+    report_attacks(
+        model,
+        test,
+        name=NAME,
+        title=TITLE,
+        figures=figures,
+        results=args.results,
+        facts=facts | {"test_accuracy": test_accuracy, "epochs": history["epochs"]},
+        images=100 if args.quick else 2000,
+        curve_images=50 if args.quick else 500,
+        steps=4 if args.quick else 40,
+    )
+    print(f"Figures in {args.figures}/, rows in {args.results}/")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,71 @@
+"""Comparison of the three models: accuracy under attack, and certificates by smoothing.
+
+Smooths the standard, the adversarial and the smoothed model with the same noise and certifies
+the same test images. Writes results/certificates_<model>.csv, results/comparison_attacks.csv
+and figures.
+"""
+
+from pathlib import Path
+
+from src.certificates import write_rows
+from src.checkpoints import weights_digest
+from src.command_line import count, number, provenance, run, script_parser, write_json
+from src.comparison import attack_models, certify_models, load_models, report_comparison
+from src.utils import get_device, load_mnist, seed_everything, subset
+
+
+def main(argv=None):
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--sigma", type=number(), help="noise, pixel units; default: of the smoothed model"
+    )
+    parser.add_argument("--every", type=count(), default=20, help="take every so many test images")
+    parser.add_argument(
+        "--n0", type=count(), default=100, help="noisy copies that choose the class"
+    )
+    parser.add_argument(
+        "--n", type=count(), default=10_000, help="copies that bound its probability"
+    )
+    parser.add_argument("--alpha", type=number(0, 1), default=0.001, help="failure odds, an image")
+    parser.add_argument("--steps", type=count(), default=40, help="of PGD")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.every, args.n, args.steps = 1000, 500, 4
+    device = get_device(args.device)
+    seed_everything(args.seed)
+    test = load_mnist("test", args.data)
+    indices = range(0, len(test), args.every)
+    models = load_models(args.models, device)
+    sigma = args.sigma or models["smoothed"].facts["sigma"]
+
+    certificates = certify_models(
+        models,
+        test,
+        indices,
+        sigma=sigma,
+        n0=args.n0,
+        n=args.n,
+        alpha=args.alpha,
+        seed=args.seed,
+    )
+    facts = provenance(Path(__file__).stem, args, argv)
+    for name, rows in certificates.items():
+        stem = Path(args.results) / f"certificates_{name}"
+        write_rows(stem.with_suffix(".csv"), rows)
+        digest = weights_digest(models[name].state_dict())
+        write_json(stem.with_suffix(".json"), facts | {"model_digest": digest})
+    tables, curves = attack_models(models, subset(test, indices), steps=args.steps)
+    report_comparison(
+        tables,
+        curves,
+        certificates,
+        test,
+        sigma=sigma,
+        results=args.results,
+        figures=args.figures,
+    )
+    print(f"\nFigures in {args.figures}/, rows in {args.results}/")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,62 @@
+"""Standard training of ConvNN on MNIST, then its accuracy on clean and attacked images.
+
+Writes models/standard_training.pt, results/standard_training_attacks.csv and figures.
+"""
+
+from pathlib import Path
+
+from src.checkpoints import save_checkpoint
+from src.command_line import provenance, run, script_parser, training_options
+from src.models import ConvNN
+from src.plotting import plot_training
+from src.reports import report_attacks
+from src.training_and_evaluation import accuracy, train_model
+from src.utils import get_device, load_training_data, seed_everything
+
+NAME, TITLE = "standard_training", "Standard training"
+
+
+def main(argv=None):
+    parser = script_parser(__doc__)
+    training_options(parser, epochs=12)
+    args = parser.parse_args(argv)
+    device = get_device(args.device)
+    seed_everything(args.seed)
+    train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
+
+    print(f"Standard training of ConvNN {args.channels} on {len(train):,} images, {device}")
+    model = ConvNN(args.channels, args.hidden).to(device)
+    history = train_model(
+        model,
+        train,
+        epochs=1 if args.quick else args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        watch=lambda model: {"clean": accuracy(model, held_out)},
+    )
+    facts = provenance(Path(__file__).stem, args, argv) | {
+        "seconds": history["epochs"][-1]["seconds"]
+    }
+    path = save_checkpoint(Path(args.models) / f"{NAME}.pt", model, **facts)
+    plot_training(history, Path(args.figures) / f"{NAME}_curves.png", TITLE)
+
+    test_accuracy = accuracy(model, test)
+    print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
+    report_attacks(
+        model,
+        test,
+        name=NAME,
+        title=TITLE,
+        figures=args.figures,
+        results=args.results,
+        facts=facts | {"test_accuracy": test_accuracy},
+        images=100 if args.quick else 2000,
+        curve_images=50 if args.quick else 500,
+        steps=4 if args.quick else 40,
+    )
+    print(f"Figures in {args.figures}/, rows in {args.results}/")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,91 @@
+"""Adversarial training: the attack, its growing ball, and the watch for its collapse."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from src.attacks import gradient_attack, pgd_attack, random_start_attack
+from src.training_and_evaluation import Loss, accuracy, adversarial_loss
+
+
+def training_attack(name: str, norm: str, *, steps: int, seed: int) -> Callable[..., Tensor]:
+    """The attack of the inner maximum, (model, images, labels, epsilon) -> images.
+
+    Args:
+        name: "gradient", one step from a random start, or "pgd".
+        norm: "linf" or "l2".
+        steps: of PGD.
+        seed: of the random starts.
+
+    Raises:
+        ValueError: for another name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if name == "gradient":
+        return partial(random_start_attack, norm=norm, generator=generator)
+    if name == "pgd":
+        return partial(pgd_attack, norm=norm, steps=steps, generator=generator)
+    raise ValueError(f"'name' is {name!r}; use 'gradient' or 'pgd'.")
+
+
+def ramped_adversarial_loss(
+    attack: Callable[..., Tensor], epsilon: float, *, ramp: float = 0.3
+) -> Callable[[float], Loss]:
+    """A `loss_schedule`: adversarial loss whose ball grows linearly over the first `ramp`.
+
+    Args:
+        attack: (model, images, labels, epsilon) -> images.
+        epsilon: radius from `ramp` on.
+        ramp: fraction of the training, in (0, 1].
+    """
+
+    def loss_at(progress: float) -> Loss:
+        # From the full ball on, a fresh network does not get past predicting one class.
+        radius = epsilon * min(progress / ramp, 1.0)
+        return partial(
+            adversarial_loss,
+            attack=lambda model, images, labels: attack(model, images, labels, radius),
+        )
+
+    return loss_at
+
+
+def held_out_watch(
+    dataset: TensorDataset, epsilon: float, norm: str, *, steps: int = 20
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A `watch` for `train_model`: accuracy `clean`, under `single_step` and under `pgd`."""
+
+    def watch(model: nn.Module) -> dict[str, float]:
+        return {
+            "clean": accuracy(model, dataset),
+            "single_step": accuracy(
+                model, dataset, attack=partial(gradient_attack, epsilon=epsilon, norm=norm)
+            ),
+            "pgd": accuracy(
+                model, dataset, attack=partial(pgd_attack, epsilon=epsilon, norm=norm, steps=steps)
+            ),
+        }
+
+    return watch
+
+
+def collapsed_epochs(epochs: Sequence[dict]) -> list[int]:
+    """Numbers of the epochs that show catastrophic overfitting (Wong et al., ICLR 2020).
+
+    The network has learned to defeat the single step instead of the ball: accuracy under it
+    is 20 points above accuracy under PGD and PGD has lost 20 points since its best epoch, or
+    is above the accuracy on clean images by more than a point.
+
+    Args:
+        epochs: rows with `epoch` and held-out accuracies `clean`, `single_step` and `pgd`.
+    """
+    collapsed, best = [], 0.0
+    for row in epochs:
+        best = max(best, row["pgd"])
+        gap = row["single_step"] - row["pgd"]
+        if (gap > 0.2 and best - row["pgd"] > 0.2) or row["single_step"] > row["clean"] + 0.01:
+            collapsed.append(row["epoch"])
+    return collapsed

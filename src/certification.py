@@ -1,0 +1,255 @@
+"""Confidence bounds, radii and tests behind every certificate (numpy and scipy only).
+
+Whatever is rounded here is rounded to the safe side: bounds and radii are never better than the
+real numbers they stand for. Arguments broadcast; scalars in give a float64 scalar out.
+"""
+
+import numpy as np
+from scipy import special
+
+# Against 50 digits, for n up to 3e6 and alpha from 1e-12 to 0.5, the polished quantile is off by
+# at most 10 units in the last place, and ndtri and ndtr by 4. The guards are three times that.
+BOUND_GUARD = 32
+NORMAL_GUARD = 16
+
+
+def check_open_unit(name, value):
+    """`value` as float64; ValueError naming `name` unless every element lies in (0, 1)."""
+    value = np.asarray(value, dtype=np.float64)
+    if not np.all((value > 0) & (value < 1)):
+        raise ValueError(f"'{name}' must lie strictly between 0 and 1.")
+    return value
+
+
+def check_positive(name, value):
+    """`value` as float64; ValueError naming `name` unless all are positive and finite."""
+    value = np.asarray(value, dtype=np.float64)
+    if not np.all((value > 0) & np.isfinite(value)):
+        raise ValueError(f"'{name}' must be a positive, finite number.")
+    return value
+
+
+def check_whole(name, value):
+    """`value` as int64; ValueError naming `name` unless all are whole and at least 0."""
+    value = np.asarray(value)
+    if value.dtype.kind not in "iuf" or not np.all((value >= 0) & (value < 2**53)):
+        raise ValueError(f"'{name}' must be a whole number of at least 0.")
+    if np.any(value != np.floor(value)):
+        raise ValueError(f"'{name}' must be a whole number of at least 0.")
+    return value.astype(np.int64)
+
+
+def check_counts(successes, trials):
+    """Both as int64 of one shape; ValueError unless 0 <= `successes` <= `trials`."""
+    successes, trials = np.broadcast_arrays(
+        check_whole("successes", successes), check_whole("trials", trials)
+    )
+    if np.any(successes > trials):
+        raise ValueError("'successes' must not exceed 'trials'.")
+    return successes, trials
+
+
+def check_probability(name, value):
+    """`value` as float64; ValueError naming `name` if any lies outside [0, 1]; NaN passes."""
+    value = np.asarray(value, dtype=np.float64)
+    if np.any((value < 0) | (value > 1)):
+        raise ValueError(f"'{name}' must lie in [0, 1].")
+    return value
+
+
+def lower_confidence_bound(successes, trials, alpha):
+    """One-sided lower confidence bound of a probability (Clopper & Pearson, Biometrika 1934).
+
+    The p at which `successes` or more out of `trials` has probability `alpha`. Over the draws,
+    the chance that it lies above the true probability is at most `alpha`. Rounded down.
+
+    Args:
+        successes, trials: whole numbers, 0 <= successes <= trials. Nothing drawn bounds nothing: 0.
+        alpha: in (0, 1).
+    Returns:
+        float64 in [0, 1), of the broadcast shape.
+    Raises:
+        ValueError: naming the argument that is out of its range.
+    """
+    successes, trials = check_counts(successes, trials)
+    alpha = check_open_unit("alpha", alpha)
+    k = np.maximum(successes, 1)
+    n = np.maximum(trials, 1)
+    p = special.betaincinv(k, n - k + 1, alpha)
+    # scipy's quantile stops up to 3,500 units in the last place away from the root of its own
+    # betainc, often above it: one Newton step lands on that root.
+    log_slope = np.log(k) + special.xlogy(k - 1, p) + special.xlog1py(n - k, -p)
+    log_slope += special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
+    p = p - (special.betainc(k, n - k + 1, p) - alpha) / np.exp(log_slope)
+    p = np.maximum(p - BOUND_GUARD * np.spacing(p), 0.0)
+    return np.where(successes > 0, p, 0.0)[()]
+
+
+def upper_confidence_bound(successes, trials, alpha):
+    """One-sided upper confidence bound of a probability; see `lower_confidence_bound`.
+
+    Over the draws, the chance that it lies below the true probability is at most `alpha`.
+    Rounded up; float64 in (0, 1]. Nothing drawn bounds nothing: 1.
+    """
+    successes, trials = check_counts(successes, trials)
+    failures = lower_confidence_bound(trials - successes, trials, alpha)
+    return np.minimum(np.nextafter(1.0 - failures, 2.0), 1.0)[()]
+
+
+def certified_radius(p_lower, sigma):
+    """`sigma * Phi^-1(p_lower)`, the certified l2 radius (Cohen et al., ICML 2019, Theorem 1).
+
+    Args:
+        p_lower: in [0, 1], a lower bound of the top class's probability, or NaN.
+        sigma: positive, standard deviation of the noise, pixel units.
+    Returns:
+        float64 radius in pixel units, rounded down; 0 for NaN and at or below one half.
+    Raises:
+        ValueError: if `p_lower` lies outside [0, 1] or `sigma` is not positive and finite.
+    """
+    p_lower = check_probability("p_lower", p_lower)
+    sigma = check_positive("sigma", sigma)
+    # NaN compares false, so it is replaced too: it must never certify.
+    p_lower = np.where(p_lower > 0.5, p_lower, 0.5)
+    return _rounded_down(sigma * special.ndtri(p_lower), 0.0)
+
+
+def two_sided_radius(p_lower, p_upper_rival, sigma):
+    """`(sigma / 2) * (Phi^-1(p_lower) - Phi^-1(p_upper_rival))` (Cohen et al., equation 3).
+
+    Args:
+        p_lower: in [0, 1], a lower bound of the top class's probability, or NaN.
+        p_upper_rival: in [0, 1], an upper bound of every other class's probability, or NaN.
+        sigma: positive, standard deviation of the noise, pixel units.
+    Returns:
+        float64 radius in pixel units, rounded down; 0 for NaN and where the bounds overlap.
+    Raises:
+        ValueError: if a probability lies outside [0, 1] or `sigma` is not positive and finite.
+    """
+    p_lower = check_probability("p_lower", p_lower)
+    p_upper_rival = check_probability("p_upper_rival", p_upper_rival)
+    sigma = check_positive("sigma", sigma)
+    # As above: NaN becomes an overlap.
+    apart = p_lower > p_upper_rival
+    top = special.ndtri(np.where(apart, p_lower, 0.5))
+    rival = special.ndtri(np.where(apart, p_upper_rival, 0.5))
+    # Each quantile brings its own error, which a small difference does not shrink.
+    return _rounded_down(sigma / 2 * (top - rival), sigma / 2 * (np.abs(top) + np.abs(rival)))
+
+
+def _rounded_down(radius, scale):
+    """`radius` less the rounding error it may carry, at least 0; `scale` is what it came from."""
+    finite = np.isfinite(radius)
+    error = NORMAL_GUARD * np.spacing(np.where(finite, np.maximum(radius, scale), 1.0))
+    return np.maximum(np.where(finite, radius - error, radius), 0.0)[()]
+
+
+def required_probability(radius, sigma):
+    """`Phi(radius / sigma)`: what `p_lower` must reach to certify `radius`. Rounded up.
+
+    `radius` is at least 0, `sigma` positive, both in pixel units; float64 in [0.5, 1].
+    """
+    radius = np.asarray(radius, dtype=np.float64)
+    if not np.all(radius >= 0):
+        raise ValueError("'radius' must be at least 0.")
+    p = special.ndtr(radius / check_positive("sigma", sigma))
+    return np.where(radius > 0, np.minimum(p + NORMAL_GUARD * np.spacing(p), 1.0), 0.5)[()]
+
+
+def tight_bounds(counts, selected, trials, alpha):
+    """Bounds for `two_sided_radius` out of all the votes, jointly valid at `alpha`.
+
+    The selected class is bounded from below at alpha / 2, each of its K - 1 rivals from above at
+    (alpha / 2) / (K - 1) (Bonferroni); no rival can have more than the selected class leaves.
+    The chance that any of these bounds is wrong is at most `alpha`.
+
+    Args:
+        counts: (..., K) votes of each class, whole numbers, K >= 2.
+        selected: (...) class chosen by other draws; need not have the most votes here.
+        trials: draws in all; more than the sum of `counts` if some votes were void.
+        alpha: in (0, 1).
+    Returns:
+        (p_lower, p_upper_rival), float64 of shape (...); the second is the largest of the rivals'.
+    Raises:
+        ValueError: naming the argument that is out of its range.
+    """
+    counts = check_whole("counts", counts)
+    selected = check_whole("selected", selected)
+    if counts.ndim == 0 or counts.shape[-1] < 2 or np.any(selected >= counts.shape[-1]):
+        raise ValueError("'counts' must hold at least two classes and 'selected' one of them.")
+    if np.any(counts.sum(axis=-1) > check_whole("trials", trials)):
+        raise ValueError("'counts' must not add up to more than 'trials'.")
+    alpha = check_open_unit("alpha", alpha)
+    is_selected = np.arange(counts.shape[-1]) == selected[..., None]
+    # The bound grows with the count, so the rival with most votes has the largest.
+    best_rival = np.where(is_selected, -1, counts).max(axis=-1)
+    top = np.where(is_selected, counts, -1).max(axis=-1)
+    p_lower = lower_confidence_bound(top, trials, alpha / 2)
+    rivals = counts.shape[-1] - 1
+    p_upper = upper_confidence_bound(best_rival, trials, alpha / 2 / rivals)
+    return p_lower, np.minimum(p_upper, np.nextafter(1.0 - p_lower, 2.0))[()]
+
+
+def minimum_successes(trials, alpha, p0=0.5):
+    """Fewest successes whose lower bound exceeds `p0`; int64 of the broadcast shape.
+
+    Raises:
+        ValueError: if even `trials` successes are too few; the message says how many would do.
+    """
+    trials = check_whole("trials", trials)
+    alpha, p0 = check_open_unit("alpha", alpha), check_open_unit("p0", p0)
+    trials, alpha, p0 = np.broadcast_arrays(trials, alpha, p0)
+    short = lower_confidence_bound(trials, trials, alpha) <= p0
+    if np.any(short):
+        n, level, bound = (float(x[short].flat[0]) for x in (trials, alpha, p0))
+        raise ValueError(
+            f"'n' = {n:.0f} can never certify at alpha = {level:g}; "
+            f"use n >= {minimum_trials(level, bound)}."
+        )
+    # Bisection: the bound of `low` does not exceed p0, that of `high` does.
+    low, high = np.zeros_like(trials), trials.copy()
+    while np.any(high - low > 1):
+        middle = (low + high) // 2
+        enough = lower_confidence_bound(middle, trials, alpha) > p0
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return high[()]
+
+
+def minimum_trials(alpha, p0=0.5):
+    """Fewest trials, all of them successes, whose lower bound exceeds `p0`; scalars in, int out.
+
+    Raises:
+        ValueError: if `p0` is so close to 1 that no number of trials shows it in float64.
+    """
+    alpha, p0 = check_open_unit("alpha", alpha), check_open_unit("p0", p0)
+    low, high = 0, 1
+    while lower_confidence_bound(high, high, alpha) <= p0:
+        low, high = high, 2 * high
+        if high > 2**50:
+            raise ValueError(f"'p0' = {p0:.17g} is too close to 1 to be certified.")
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = lower_confidence_bound(middle, middle, alpha) > p0
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def maximum_radius(sigma, trials, alpha):
+    """Largest radius that `trials` draws can certify at `alpha`: all of them for one class."""
+    return certified_radius(lower_confidence_bound(trials, trials, alpha), sigma)
+
+
+def abstain_p_value(top, second):
+    """Two-sided binomial test that two classes are equally likely (PREDICT, Cohen et al.).
+
+    PREDICT abstains if it exceeds alpha. Symmetric in the two counts; 1 if neither has a vote.
+
+    Args:
+        top, second: whole numbers of at least 0, votes of the two leading classes.
+    Returns:
+        float64 in [0, 1], of the broadcast shape.
+    """
+    top, second = check_whole("top", top), check_whole("second", second)
+    more, less = np.maximum(top, second), np.minimum(top, second)
+    tail = special.betainc(np.maximum(more, 1), less + 1, 0.5)
+    return np.where(more > less, np.minimum(2 * tail, 1.0), 1.0)[()]

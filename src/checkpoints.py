@@ -1,0 +1,102 @@
+"""Trained networks on disk: weights, the arguments that rebuild them, and how they came about."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from src.files import whole_file
+from src.models import ConvNN
+
+_FORMAT = "ConvNN checkpoint 1"
+
+
+def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
+    """Write the weights with the arguments of the network, a digest, and `facts`; return `path`.
+
+    Args:
+        path: file to write, whole or not at all.
+        model: the network; its weights are stored from the CPU.
+        facts: numbers, strings, and lists and dictionaries of them: seed, sigma, options.
+
+    Raises:
+        ValueError: if `model` is not a ConvNN.
+        TypeError: if `facts` cannot be written as JSON.
+        OSError: if the file cannot be written.
+    """
+    if not isinstance(model, ConvNN):
+        raise ValueError(f"'model' is a {type(model).__name__}; save its ConvNN.")
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    content = {
+        "format": _FORMAT,
+        "config": model.config,
+        # Through JSON, so that plain values are left, which a safe reader accepts.
+        "facts": json.loads(json.dumps(facts)),
+        "digest": weights_digest(weights),
+        "weights": weights,
+    }
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
+    return Path(path)
+
+
+def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> ConvNN:
+    """The network of a checkpoint, in evaluation mode, its facts in `model.facts`.
+
+    Only tensors and plain values are read (`weights_only=True`): no code of a foreign file
+    runs. The weights must match the digest stored with them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a whole, unaltered checkpoint of a ConvNN.
+    """
+    content = _read(Path(path))
+    if weights_digest(content["weights"]) != content["digest"]:
+        raise ValueError(f"{path} is damaged: its weights do not match their digest.")
+    try:
+        model = ConvNN(**content["config"])
+        model.load_state_dict(content["weights"])
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{path} holds another architecture than its description {content['config']}."
+        ) from None
+    model.facts = content["facts"]
+    return model.to(device).eval()
+
+
+def weights_digest(weights: dict[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a state dictionary."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict:
+    """The content of a checkpoint file, its structure checked."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:
+        # The reader raises half a dozen types, and its messages suggest to load unsafely.
+        raise ValueError(
+            f"{path} is not a checkpoint that can be read safely: it is empty, cut short, "
+            "altered or of another kind; train the model again."
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is a file of torch, but not a checkpoint of this project.")
+    expected = {"config": dict, "facts": dict, "digest": str, "weights": dict}
+    for key, kind in expected.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{path} is damaged: its entry '{key}' is missing or malformed.")
+    if not all(isinstance(tensor, Tensor) for tensor in content["weights"].values()):
+        raise ValueError(f"{path} is damaged: its weights are not all tensors.")
+    return content

@@ -1,0 +1,86 @@
+"""Checks of arguments that several modules share; every error names the argument."""
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+NORMS = ("linf", "l2")
+
+
+def check_images(images: Tensor, *, dims: tuple[int, ...] = (4,)) -> None:
+    """Raise ValueError unless `images` is a floating tensor of that rank with pixels in [0, 1]."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"'images' must be a tensor, not {type(images).__name__}.")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"'images' has dtype {images.dtype}; give floating-point pixels in [0, 1] "
+            "(for bytes: images.float() / 255)."
+        )
+    if images.dim() not in dims or 0 in images.shape[1:]:
+        raise ValueError(
+            f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28)"
+            + (" or (1, 28, 28)." if 3 in dims else ".")
+        )
+    # A NaN fails both comparisons, so this catches it as well.
+    if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError("'images' has values outside [0, 1] or NaN; scale the pixels to [0, 1].")
+
+
+def check_labels(labels: Tensor, count: int) -> None:
+    """Raise ValueError unless `labels` is int64 of shape (count,) without negative values."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        given = getattr(labels, "dtype", type(labels).__name__)
+        raise ValueError(f"'labels' must be an int64 tensor, not {given}.")
+    if labels.shape != (count,):
+        raise ValueError(f"'labels' has shape {tuple(labels.shape)}; expected ({count},).")
+    if count and int(labels.min()) < 0:
+        raise ValueError("'labels' has negative values; classes are numbered from 0.")
+
+
+def check_ball(epsilon: float, norm: str) -> None:
+    """Raise ValueError unless `norm` is known and `epsilon` a finite number, at least 0."""
+    if norm not in NORMS:
+        raise ValueError(f"'norm' is {norm!r}; use one of {', '.join(map(repr, NORMS))}.")
+    check_number("epsilon", epsilon)
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> None:
+    """Raise ValueError unless `value` is finite and at least 0 (above 0 if `positive`)."""
+    try:
+        # float("0.3") is a number, but the string fails in the arithmetic later on.
+        value = float(None if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        raise ValueError(f"'{name}' must be a number, not {value!r}.") from None
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        bound = "above 0" if positive else "at least 0"
+        raise ValueError(f"'{name}' = {value:g} must be finite and {bound}.")
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> None:
+    """Raise ValueError unless `value` is an integer of at least `minimum`."""
+    try:
+        valid = not isinstance(value, bool) and operator.index(value) >= minimum
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"'{name}' = {value!r} must be an integer of at least {minimum}.")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put every submodule in evaluation mode, and back in its own mode afterwards.
+
+    `model.train(was_training)` would not do: it forces one mode upon submodules that a user
+    may have frozen one by one.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,132 @@
+"""What the four scripts share on the command line."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from src.files import whole_file
+from src.utils import get_device
+
+
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every script takes."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    parser.add_argument("--seed", type=count(0), default=0, help="of everything that is random")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds, tiny sizes")
+    parser.add_argument("--data", default="data", help="folder of MNIST, filled if it is empty")
+    parser.add_argument("--models", default="models", help="folder of the checkpoints")
+    parser.add_argument("--figures", default="figures", help="folder of the plots")
+    parser.add_argument("--results", default="results", help="folder of the result rows")
+    return parser
+
+
+def training_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
+    """Add the options of the scripts that train."""
+    parser.add_argument("--epochs", type=count(), default=epochs, help="passes over the data")
+    parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
+    parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
+    parser.add_argument(
+        "--channels", type=count(), nargs=2, default=[16, 32], help="widths of the convolutions"
+    )
+    parser.add_argument(
+        "--hidden", type=count(), help="width of a fully connected layer before the output"
+    )
+    parser.add_argument(
+        "--held-out", type=count(), default=5000, help="training images kept aside for choices"
+    )
+
+
+def count(minimum: int = 1) -> Callable[[str], int]:
+    """Type of an option: an integer of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is not an integer of at least {minimum}")
+        return value
+
+    return parse
+
+
+def number(low: float = 0.0, high: float = float("inf")) -> Callable[[str], float]:
+    """Type of an option: a finite number between `low` and `high`, both excluded."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}")
+        return value
+
+    return parse
+
+
+def run(main: Callable[[Sequence[str] | None], None]) -> None:
+    """Call a script's `main`; an expected error becomes one sentence and exit status 1."""
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
+    """What made a result: command, options, commit, versions, device and threads."""
+    words = sys.argv[1:] if argv is None else argv
+    return {
+        "command": " ".join(["python", f"{script}.py", *words]),
+        "options": vars(args),
+        "commit": _commit(),
+        "device": str(get_device(args.device)),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _commit() -> str:
+    """The commit of the checkout, with a + if there are changes; "unknown" outside of one."""
+    here = Path(__file__).resolve().parent.parent
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + "+" * bool(changed)

@@ -1,0 +1,159 @@
+"""The comparison of several models: attacks, certificates, tables and figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch.utils.data import TensorDataset
+
+from src.certificates import write_rows
+from src.checkpoints import load_checkpoint
+from src.models import ConvNN, SmoothClassifier
+from src.plotting import (
+    GREEN,
+    RED,
+    plot_accuracy_against_epsilon,
+    plot_certified_accuracy,
+    plot_gallery,
+    plot_p_lower,
+)
+from src.robustness import attack_table, epsilon_curves
+from src.tables import certificate_lines, format_table, percent
+from src.training_and_evaluation import evaluate_robustness
+from src.utils import subset
+
+# Checkpoint and the script that makes it, for each model in the order of the tables.
+MODELS = {
+    "standard": ("standard_training", "main_training.py"),
+    "adversarial": ("adversarial_training", "main_adv_training.py"),
+    "smoothed": ("randomized_smoothing", "main_random_smoothing.py"),
+}
+
+
+def load_models(folder: str | Path, device) -> dict[str, ConvNN]:
+    """The three checkpoints by the names of the tables.
+
+    Raises:
+        FileNotFoundError: if one is missing; the message names the script that makes it.
+        ValueError: if one is damaged.
+    """
+    models = {}
+    for name, (stem, script) in MODELS.items():
+        path = Path(folder) / f"{stem}.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"There is no checkpoint {path}; run python {script} first.")
+        models[name] = load_checkpoint(path, device)
+    return models
+
+
+def attack_models(
+    models: Mapping[str, ConvNN], dataset: TensorDataset, *, steps: int
+) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
+    """Tables {model: rows} and curves {"model, attack": rows} of accuracy under attack.
+
+    The smoothed model stands there with its base network: these attacks do not see the noise.
+    """
+    tables, curves = {}, {}
+    for name, model in models.items():
+        print(f"Attacking the {name} model on {len(dataset)} test images")
+        tables[name] = attack_table(model, dataset, steps=steps)
+        for attack, rows in epsilon_curves(model, dataset, steps=max(steps // 2, 1)).items():
+            curves[f"{name}, {attack}"] = rows
+    return tables, curves
+
+
+def certify_models(
+    models: Mapping[str, ConvNN],
+    test: TensorDataset,
+    indices: Sequence[int],
+    *,
+    sigma: float,
+    n0: int,
+    n: int,
+    alpha: float,
+    seed: int,
+) -> dict[str, list[dict]]:
+    """Result rows of each model, smoothed with the same noise on the same images."""
+    rows = {}
+    for name, model in models.items():
+        print(f"Certifying the {name} model at sigma = {sigma:g}, n = {n:,}, alpha = {alpha:g}")
+        smooth = SmoothClassifier(model, sigma)
+        rows[name] = list(
+            evaluate_robustness(smooth, test, n0=n0, n=n, alpha=alpha, seed=seed, indices=indices)
+        )
+    return rows
+
+
+def attack_comparison(tables: Mapping[str, Sequence[Mapping]]) -> str:
+    """Accuracy of each model on clean images and under each attack, side by side."""
+    lines = []
+    for rows in zip(*tables.values(), strict=True):
+        row = rows[0]
+        ball = f"{row['norm']} {row['epsilon']:g}, {row['attack']}"
+        cells = (percent(r["accuracy"], r["low"], r["high"]) for r in rows)
+        lines.append(("clean" if row["attack"] == "none" else ball, *cells))
+    return format_table(("accuracy % [95 % interval]", *tables), lines)
+
+
+def report_comparison(
+    tables: Mapping[str, Sequence[Mapping]],
+    curves: Mapping[str, Sequence[Mapping]],
+    certificates: Mapping[str, Sequence[Mapping]],
+    test: TensorDataset,
+    *,
+    sigma: float,
+    results: str | Path,
+    figures: str | Path,
+) -> None:
+    """Print the tables, write the attack rows, draw the figures."""
+    print("\n" + attack_comparison(tables))
+    radii = [step * sigma / 2 for step in range(7)]
+    print("\n" + certificate_lines(certificates, radii))
+    rows = [
+        {"part": "table", "model": name, **row} for name, rows in tables.items() for row in rows
+    ]
+    rows += [
+        {"part": "curve", "model": name.split(", ")[0], **row}
+        for name, curve in curves.items()
+        for row in curve
+    ]
+    write_rows(Path(results) / "comparison_attacks.csv", rows)
+
+    figures = Path(figures)
+    first = next(iter(certificates.values()))
+    setting = f"$\\sigma$ = {sigma:g}, {len(first)} test images, n = {first[0]['n']:,}"
+    # Twelve curves in two panels cannot be read: the figure takes the stronger attack.
+    strongest = {n.split(", ")[0]: rows for n, rows in curves.items() if "PGD" in n}
+    plot_accuracy_against_epsilon(
+        strongest, figures / "comparison_accuracy_against_epsilon.png", "Accuracy under PGD"
+    )
+    plot_certified_accuracy(
+        certificates,
+        figures / "comparison_certified_accuracy.png",
+        f"Certified accuracy: {setting}",
+    )
+    plot_p_lower(certificates, figures / "comparison_p_lower.png", f"Lower bounds: {setting}")
+    plot_gallery(
+        *_extremes(certificates, test),
+        path=figures / "comparison_radii.png",
+        title=f"Smallest and largest certified radii of correct predictions, $\\sigma$ = {sigma:g}",
+    )
+
+
+def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset, show: int = 8):
+    """Images with the smallest and largest certified radius: (rows, row labels)."""
+    rows, labels = [], []
+    for name, certified in certificates.items():
+        right = sorted((r for r in certified if r["correct"]), key=lambda r: r["radius"])
+        for label, chosen, color in (
+            (f"{name}\nsmallest", right[:show], RED),
+            (f"{name}\nlargest", right[-show:], GREEN),
+        ):
+            images = subset(test, [row["index"] for row in chosen]).tensors[0]
+            rows.append(
+                [
+                    (image[0].numpy(), f"{row['prediction']}: r = {row['radius']:.2f}", color)
+                    for image, row in zip(images, chosen, strict=True)
+                ]
+            )
+            labels.append(label)
+    return rows, labels

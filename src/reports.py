@@ -1,0 +1,191 @@
+"""What the training scripts report: console tables, result rows and figures."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from src.attacks import gradient_attack, pgd_attack
+from src.certificates import write_rows
+from src.command_line import write_json
+from src.models import ABSTAIN, SmoothClassifier
+from src.plotting import (
+    GREEN,
+    RED,
+    plot_accuracy_against_epsilon,
+    plot_certified_accuracy,
+    plot_gallery,
+)
+from src.robustness import accuracy_row, attack_table, epsilon_curves
+from src.tables import attack_lines, certificate_lines, format_table, percent
+from src.training_and_evaluation import accuracy, evaluate_robustness
+from src.utils import subset
+
+
+def spread(dataset: TensorDataset, size: int) -> TensorDataset:
+    """`size` examples at equal distances, all of them if there are fewer."""
+    return subset(dataset, range(0, len(dataset), max(len(dataset) // size, 1))[:size])
+
+
+def report_attacks(
+    model: nn.Module,
+    test: TensorDataset,
+    *,
+    name: str,
+    title: str,
+    figures: str | Path,
+    results: str | Path,
+    facts: Mapping,
+    images: int,
+    curve_images: int,
+    steps: int,
+) -> list[dict]:
+    """Attack a model on test images: print the table, write the rows, draw the figures.
+
+    Args:
+        model: images -> logits.
+        test: the test set.
+        name: of the model, the stem of the files.
+        title: of the model, for people.
+        figures, results: folders.
+        facts: what made the result, for the JSON twin of the rows.
+        images: how many test images the table takes, at equal distances.
+        curve_images: how many the curves take.
+        steps: of PGD in the table; the curves take half as many.
+
+    Returns:
+        The rows of the table.
+    """
+    table = attack_table(model, spread(test, images), steps=steps)
+    print(f"\n{title} under attack ({table[0]['images']:,} test images)")
+    print(attack_lines(table))
+    curves = epsilon_curves(model, spread(test, curve_images), steps=max(steps // 2, 1))
+    rows = [{"part": "table", **row} for row in table]
+    rows += [{"part": "curve", **row} for curve in curves.values() for row in curve]
+    results, figures = Path(results), Path(figures)
+    write_rows(results / f"{name}_attacks.csv", rows)
+    write_json(results / f"{name}_attacks.json", dict(facts))
+    plot_accuracy_against_epsilon(
+        curves, figures / f"{name}_accuracy_against_epsilon.png", f"{title} under attack"
+    )
+    plot_gallery(
+        *_adversarial_gallery(model, test, steps),
+        path=figures / f"{name}_adversarial_examples.png",
+        title=f"{title}: the same digits, clean and attacked",
+    )
+    return table
+
+
+def _adversarial_gallery(model: nn.Module, test: TensorDataset, steps: int):
+    """The first test image of each class, clean and attacked: (rows, row labels)."""
+    images, labels = first_of_each_class(test)
+    device = next(model.parameters()).device
+    images, labels = images.to(device), labels.to(device)
+    pgd = partial(pgd_attack, model, images, labels, steps=steps)
+    versions = {
+        "clean": images,
+        "single step\n$\\ell_\\infty$, $\\epsilon$ = 0.2": gradient_attack(
+            model, images, labels, 0.2
+        ),
+        "PGD\n$\\ell_\\infty$, $\\epsilon$ = 0.2": pgd(0.2),
+        "PGD\n$\\ell_2$, $\\epsilon$ = 2": pgd(2.0, "l2"),
+    }
+    rows = [captioned(model, version, labels) for version in versions.values()]
+    return rows, list(versions)
+
+
+def first_of_each_class(dataset: TensorDataset) -> tuple[Tensor, Tensor]:
+    """The first image of every class that occurs, and their labels."""
+    labels = dataset.tensors[1]
+    chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()]
+    return subset(dataset, chosen).tensors
+
+
+@torch.no_grad()
+def captioned(model: nn.Module, images: Tensor, labels: Tensor) -> list[tuple]:
+    """(image (28, 28), "class (confidence)", green if correct, else red) for each image."""
+    confidence, prediction = model(images).softmax(dim=1).max(dim=1)
+    return [
+        (image[0].numpy(), f"{guess} ({100 * sure:.0f} %)", GREEN if guess == label else RED)
+        for image, guess, sure, label in zip(
+            images.cpu(), prediction.tolist(), confidence.tolist(), labels.tolist(), strict=True
+        )
+    ]
+
+
+def report_smoothing(
+    smooth: SmoothClassifier,
+    test: TensorDataset,
+    *,
+    name: str,
+    title: str,
+    figures: str | Path,
+    results: str | Path,
+    facts: Mapping,
+    images: int,
+    certified: int,
+    n: int,
+    seed: int,
+) -> None:
+    """Accuracy of a smoothed classifier and its base, and a first set of certificates.
+
+    Args:
+        smooth: the classifier.
+        test: the test set.
+        name, title, figures, results, facts: as for `report_attacks`.
+        images: how many test images the smoothed prediction is made for, at equal distances.
+        certified: how many are certified.
+        n: noisy copies a certificate.
+        seed: of the noise.
+    """
+    few = spread(test, images)
+    predictions = smooth.predict(few.tensors[0], n=1000, seed=seed)
+    hits, abstained = predictions == few.tensors[1], predictions == ABSTAIN
+    lines = [
+        ("base, clean images", f"{len(test):,}", percent(accuracy(smooth.base_classifier, test))),
+        ("base, one noisy draw", f"{len(test):,}", percent(accuracy(smooth, test))),
+        ("smoothed (n = 1,000)", f"{len(few):,}", percent(*proportion(hits))),
+        ("abstentions", f"{len(few):,}", percent(*proportion(abstained))),
+    ]
+    print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
+
+    indices = range(0, len(test), max(len(test) // certified, 1))[:certified]
+    rows = list(evaluate_robustness(smooth, test, n=n, seed=seed, indices=indices))
+    stem = Path(results) / f"{name}_certificates"
+    write_rows(stem.with_suffix(".csv"), rows)
+    write_json(stem.with_suffix(".json"), dict(facts))
+    radii = [step * smooth.sigma / 2 for step in range(6)]
+    print("\n" + certificate_lines({title: rows}, radii))
+    plot_certified_accuracy(
+        {title: rows},
+        Path(figures) / f"{name}_certified_accuracy.png",
+        f"{title}, $\\sigma$ = {smooth.sigma:g}: {len(rows)} test images, n = {n:,}",
+    )
+    plot_gallery(
+        *_noisy_gallery(smooth, test, seed),
+        path=Path(figures) / f"{name}_noisy_digits.png",
+        title=f"The same digits under noise, as the network trained at $\\sigma$ = "
+        f"{smooth.sigma:g} sees them",
+    )
+
+
+def _noisy_gallery(smooth: SmoothClassifier, test: TensorDataset, seed: int):
+    """The first test image of each class at several levels of noise: (rows, row labels)."""
+    images, labels = first_of_each_class(test)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    device = next(smooth.parameters()).device
+    levels = (0.0, 0.25, 0.5, 1.0, 1.5)
+    rows = [
+        captioned(smooth.base_classifier, (images + sigma * noise).to(device), labels)
+        for sigma in levels
+    ]
+    return rows, [f"$\\sigma$ = {sigma:g}" for sigma in levels]
+
+
+def proportion(hits: Tensor) -> tuple[float, float, float]:
+    """Share of true entries with its 95 % interval."""
+    row = accuracy_row("", "", 0.0, hits)
+    return row["accuracy"], row["low"], row["high"]

@@ -1,0 +1,123 @@
+"""Noise keyed by seed and image, and the votes that a network casts under it."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Part of the key of every draw, so that no two stages of one certificate share noise.
+STAGES = {"select": 0, "estimate": 1, "predict": 2}
+
+
+def count_votes(
+    network: Callable[[Tensor], Tensor],
+    image: Tensor,
+    n: int,
+    sigma: float,
+    num_classes: int,
+    stream: tuple[int, str],
+    batch_size: int | None = None,
+    pool: ThreadPoolExecutor | None = None,
+) -> np.ndarray:
+    """Votes of `network` on `n` copies of one image under Gaussian noise.
+
+    The first copies are the same whatever `n`, the batch size and the number of workers.
+    Memory does not grow with `n`.
+
+    Args:
+        network: images (B, 1, 28, 28) -> logits (B, num_classes).
+        image: (1, 28, 28), on the device of the network.
+        n: number of copies.
+        sigma: standard deviation of the noise, in pixel units.
+        num_classes: number of logits.
+        stream: `image_key` and one of `STAGES`, which determine the noise.
+        batch_size: at most so many copies pass through the network at once.
+        pool: workers that share the blocks of noise; without one they are done in turn.
+
+    Returns:
+        int64 (num_classes,); a NaN among the logits is a vote for none of them.
+
+    Raises:
+        ValueError: if the network returns logits of another shape.
+    """
+    size = _block_size(image.device)
+    blocks = range(-(-n // size))
+    workers = min(len(blocks), pool._max_workers) if pool else 1
+    shares = [blocks[worker::workers] for worker in range(workers)]
+
+    def vote(share: range) -> np.ndarray:
+        counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=image.device)
+        with torch.no_grad():
+            for copies in _noisy_blocks(image, share, n, sigma, stream):
+                for batch in copies.split(batch_size or size):
+                    _add_votes(counts, network(batch), len(batch))
+        return counts.cpu().numpy()
+
+    return sum((pool.map if pool else map)(vote, shares))[:num_classes]
+
+
+def _noisy_blocks(image, blocks, n, sigma, stream):
+    """Yield these blocks of noisy copies (size, 1, 28, 28), the last one as far as `n` goes."""
+    size = _block_size(image.device)
+    generator = torch.Generator(image.device)
+    noise = torch.empty((size, *image.shape), device=image.device)
+    for block in blocks:
+        # A whole block is drawn even if a part is used: the draws must not depend on n.
+        noise.normal_(generator=generator.manual_seed(block_seed(*stream, block)))
+        yield noise[: n - block * size].mul_(sigma).add_(image)
+
+
+def _add_votes(counts: Tensor, logits: Tensor, expected: int) -> None:
+    """Add the votes of a batch to `counts` (num_classes + 1,), whose last entry counts NaNs."""
+    num_classes = len(counts) - 1
+    if logits.shape != (expected, num_classes):
+        raise ValueError(
+            f"'base_classifier' returned logits of shape {tuple(logits.shape)}; "
+            f"expected ({expected}, {num_classes}), the second being 'num_classes'."
+        )
+    # max propagates a NaN, where argmax would elect it.
+    highest, vote = logits.max(dim=1)
+    vote = vote.masked_fill(highest.isnan(), num_classes)
+    counts.scatter_add_(0, vote, torch.ones_like(vote))
+
+
+def image_key(seed: int, index: int) -> int:
+    """32 bits that stand for one image of a data set under one seed."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+
+
+def block_seed(key: int, stage: str, block: int) -> int:
+    """Seed of one block of noise: distinct for all blocks of all stages of one image.
+
+    The finaliser of MurmurHash3, a bijection on 32 bits, which is as much as the Mersenne
+    Twister of torch's CPU generator takes in.
+    """
+    value = (4 * block + STAGES[stage]) ^ key
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        value = ((value ^ (value >> shift)) * factor) & 0xFFFFFFFF
+    return value ^ (value >> 16)
+
+
+def _block_size(device: torch.device) -> int:
+    """Copies of an image whose noise is drawn in one go, and the default batch."""
+    # 128 copies and their first features stay in a core's second-level cache.
+    return 128 if device.type == "cpu" else 2048
+
+
+@contextmanager
+def single_threaded_workers():
+    """As many workers as torch has threads, each with one thread of its own.
+
+    Drawing normals is single-threaded in torch and small convolutions share badly between
+    threads, so whole blocks in parallel keep the cores busier. It also makes the votes
+    independent of the number of threads.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)

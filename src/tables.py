@@ -1,0 +1,59 @@
+"""Short tables for the console."""
+
+from collections.abc import Mapping, Sequence
+
+from src.certificates import summarise
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need, the first flush left and the others flush right."""
+    lines = [list(map(str, line)) for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def percent(share: float, low: float | None = None, high: float | None = None) -> str:
+    """92.1, or 92.1 [90.4, 93.6] with an interval."""
+    text = f"{100 * share:.1f}"
+    return text if low is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def attack_lines(rows: Sequence[Mapping]) -> str:
+    """The table of `attack_table`."""
+    lines = [
+        (
+            "clean" if row["attack"] == "none" else f"{row['norm']} {row['epsilon']:g}",
+            "" if row["attack"] == "none" else row["attack"],
+            percent(row["accuracy"], row["low"], row["high"]),
+        )
+        for row in rows
+    ]
+    return format_table(("images", "attack", "accuracy % [95 % interval]"), lines)
+
+
+def certificate_lines(
+    rows_by_model: Mapping[str, Sequence[Mapping]], radii: Sequence[float]
+) -> str:
+    """The table of `summarise`, a column a model."""
+    summaries = [summarise(rows, radii) for rows in rows_by_model.values()]
+    lines = [
+        ("images", *(f"{s['images']:,}" for s in summaries)),
+        ("abstentions", *(str(s["abstained"]) for s in summaries)),
+        ("wrong predictions", *(str(s["wrong"]) for s in summaries)),
+    ]
+    lines += [
+        (f"certified % at r = {at:g}", *(percent(*s["certified"][at]) for s in summaries))
+        for at in radii
+    ]
+    lines += [
+        ("average certified radius", *(f"{s['acr']:.4f}" for s in summaries)),
+        ("mean p_lower", *(f"{s['mean_p_lower']:.4f}" for s in summaries)),
+    ]
+    return format_table(("certificates [95 % interval]", *rows_by_model), lines)

@@ -1,0 +1,289 @@
+"""Losses, the training loop, and what is measured on a trained model."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
+
+from src.checks import check_count, check_number, evaluation_mode
+from src.models import SmoothClassifier
+from src.utils import subset
+
+Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def standard_loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy (scalar) and the logits (B, classes)."""
+    logits = model(images)
+    return F.cross_entropy(logits, labels), logits
+
+
+def adversarial_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, *, attack: Attack
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and logits at the attacked images.
+
+    The inner maximum of min_theta E max_delta L(f_theta(x + delta), y) (Madry et al., ICLR
+    2018), with `attack` standing in for it.
+    """
+    return standard_loss(model, attack(model, images, labels), labels)
+
+
+def train_model(
+    model: nn.Module,
+    dataset: TensorDataset,
+    *,
+    loss: Loss | None = standard_loss,
+    epochs: int,
+    loss_schedule: Callable[[float], Loss] | None = None,
+    batch_size: int = 256,
+    learning_rate: float = 1e-2,
+    weight_decay: float = 1e-2,
+    shift: int = 1,
+    averaging: float = 0.995,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    watch: Callable[[nn.Module], dict[str, float]] | None = None,
+    select: str | None = None,
+    progress: bool = True,
+) -> dict:
+    """Train in place with AdamW on one cycle of the learning rate (Smith, 2018).
+
+    The model ends with the running average of its weights (Polyak and Juditsky, 1992), in
+    evaluation mode; or with those of the best epoch, if `select` is given.
+
+    Args:
+        model: images -> logits (B, classes).
+        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        loss: (model, images, labels) -> mean loss and logits.
+        epochs: passes over the data set; the last incomplete batch of each is left out.
+        loss_schedule: progress in [0, 1) -> loss, in place of a fixed one.
+        batch_size: images an update.
+        learning_rate: at its peak.
+        weight_decay: of AdamW.
+        shift: largest random translation of a training image, in pixels.
+        averaging: decay of the running average of the weights, an update; 0 for none.
+        seed: of the order of the images and their shifts. Losses that draw noise use torch's
+            global generator: call `seed_everything` for those.
+        device: where to train; default: where the model is.
+        watch: averaged model -> figures, called after each epoch.
+        select: the figure of `watch` whose highest value picks the epoch to end with.
+        progress: show a progress bar.
+
+    Returns:
+        `step_loss`, `step_accuracy`: lists, one entry an update. `epochs`: a dictionary an
+        epoch, of its number, mean loss and accuracy in training, seconds so far and the
+        figures of `watch`. `best_epoch`: the number of the epoch the model ends with.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: if the loss is no longer finite.
+    """
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_count("shift", shift, 0)
+    check_number("learning_rate", learning_rate, positive=True)
+    batch_size = min(batch_size, len(dataset))
+    updates = epochs * (len(dataset) // batch_size)
+    model.to(device or next(model.parameters()).device)
+    update = _updater(model, updates, learning_rate, weight_decay)
+    averaged = copy.deepcopy(model)
+    history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
+    best_figure, best_state = -math.inf, None
+    generator = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    with tqdm(total=updates, desc="training", unit="step", disable=not progress) as bar:
+        for epoch in range(1, epochs + 1):
+            model.train()
+            steps = []
+            for images, labels in _shuffled(dataset, batch_size, shift, generator):
+                # Not bar.n: a bar that is switched off does not count.
+                done = len(history["step_loss"]) + len(steps)
+                loss_now = loss_schedule(done / updates) if loss_schedule else loss
+                steps.append(update(loss_now, images, labels))
+                _average(averaged, model, min(averaging, (done + 1) / (done + 10)))
+                bar.update()
+            row = _epoch_row(history, epoch, torch.stack(steps))
+            row |= {"seconds": time.perf_counter() - start} | (watch(averaged) if watch else {})
+            history["epochs"].append(row)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in _QUIET})
+            if select and row[select] > best_figure:
+                best_figure, best_state = row[select], copy.deepcopy(averaged.state_dict())
+                history["best_epoch"] = epoch
+    model.load_state_dict(best_state or averaged.state_dict())
+    model.eval()
+    return history
+
+
+_QUIET = ("epoch", "seconds")
+
+
+def _updater(model: nn.Module, updates: int, learning_rate: float, weight_decay: float):
+    """A function (loss, images, labels) -> (loss, accuracy) that updates the model once."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    # One step more than there are updates: the cycle's last learning rate is zero.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, updates + 1, pct_start=0.2
+    )
+    device = next(model.parameters()).device
+
+    def update(loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.to(device)
+        value, logits = loss(model, images.to(device), labels)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
+        return torch.stack([value.detach(), hits])
+
+    return update
+
+
+def _shuffled(dataset, batch_size, shift, generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in random order, each image moved by up to `shift` pixels."""
+    images, labels = dataset.tensors
+    order = torch.randperm(len(images), generator=generator)
+    for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
+        yield random_shift(images[chosen], shift, generator), labels[chosen]
+
+
+def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to `shift` pixels in both directions, zeros coming in."""
+    if shift == 0:
+        return images
+    padded = F.pad(images, (shift,) * 4)
+    height, width = images.shape[2:]
+    offsets = torch.randint(0, 2 * shift + 1, (2, len(images), 1, 1), generator=generator)
+    rows = offsets[0] + torch.arange(height)[:, None]
+    columns = offsets[1] + torch.arange(width)[None, :]
+    return padded[torch.arange(len(images))[:, None, None], 0, rows, columns][:, None]
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the running average of weights and statistics towards the model's."""
+    for mean, value in zip(
+        averaged.state_dict().values(), model.state_dict().values(), strict=True
+    ):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def _epoch_row(history: dict, epoch: int, steps: Tensor) -> dict:
+    """Add the updates (steps, 2) of an epoch to the history and return their means."""
+    history["step_loss"] += steps[:, 0].tolist()
+    history["step_accuracy"] += steps[:, 1].tolist()
+    loss, hits = steps.mean(dim=0).tolist()
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"The loss is no longer finite in epoch {epoch}; lower the learning rate."
+        )
+    return {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
+
+
+def accuracy(
+    model: nn.Module,
+    dataset: TensorDataset,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 1000,
+    device: str | torch.device | None = None,
+) -> float:
+    """Fraction of the images classified correctly, each after `attack` if one is given.
+
+    Args:
+        model: images -> logits (B, classes), run in evaluation mode and left in its own.
+        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        attack: (model, images, labels) -> images.
+        batch_size: images a batch.
+        device: where to compute; default: where the model is.
+
+    Raises:
+        ValueError: if the data set is empty.
+    """
+    if not len(dataset):
+        raise ValueError("'dataset' has no images.")
+    hits = correct(model, dataset, attack=attack, batch_size=batch_size, device=device)
+    return hits.double().mean().item()
+
+
+def correct(
+    model: nn.Module,
+    dataset: TensorDataset,
+    *,
+    attack: Attack | None = None,
+    batch_size: int = 1000,
+    device: str | torch.device | None = None,
+) -> Tensor:
+    """Whether each image is classified correctly, bool (N,); arguments as for `accuracy`."""
+    device = device or next(model.parameters(), dataset.tensors[0]).device
+    hits = []
+    with evaluation_mode(model):
+        for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
+            images, labels = images.to(device), labels.to(device)
+            if attack is not None:
+                images = attack(model, images, labels)
+            with torch.no_grad():
+                hits.append((model(images).argmax(dim=1) == labels).cpu())
+    return torch.cat(hits)
+
+
+def evaluate_robustness(
+    smooth_classifier: SmoothClassifier,
+    dataset: TensorDataset,
+    *,
+    n0: int = 100,
+    n: int = 100_000,
+    alpha: float = 0.001,
+    batch_size: int | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Iterator[dict]:
+    """Certify every image of a data set: one row an image, as soon as it is finished.
+
+    Args:
+        smooth_classifier: the classifier to certify.
+        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        n0, n, alpha, batch_size, seed: as for `SmoothClassifier.certify`.
+        indices: the images of `dataset` to certify; default: all.
+        progress: show a progress bar.
+
+    Yields:
+        Dictionaries with the columns of the result rows: `index`, `label`, `prediction`,
+        `correct` (0 or 1), `radius`, `p_lower`, `top_count`, `n0`, `n`, `alpha`, `sigma`, `seed`.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    images, labels = subset(dataset, list(indices)).tensors
+    settings = {"n0": n0, "n": n, "alpha": alpha}
+    bar = tqdm(indices, desc="certifying", unit="image", disable=not progress)
+    for index, image, label in zip(bar, images, labels.tolist(), strict=True):
+        certificate = smooth_classifier.certify(
+            image, **settings, batch_size=batch_size, seed=seed, indices=[index]
+        )
+        prediction = int(certificate.prediction)
+        yield {
+            "index": int(index),
+            "label": label,
+            "prediction": prediction,
+            "correct": int(prediction == label),
+            "radius": float(certificate.radius),
+            "p_lower": float(certificate.p_lower),
+            "top_count": int(certificate.top_count),
+            **settings,
+            "sigma": smooth_classifier.sigma,
+            "seed": seed,
+        }

@@ -1,0 +1,112 @@
+"""What every script needs first: MNIST as tensors, a device, seeds."""
+
+import os
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+
+from src.mnist_files import read_mnist
+
+
+def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:
+    """MNIST's "train" (N = 60,000) or "test" (N = 10,000) part in canonical order.
+
+    Returns:
+        images: (N, 1, 28, 28) float32 in [0, 1], byte / 255; labels: (N,) int64.
+
+    Raises:
+        ValueError: if `split` is another word.
+        FileNotFoundError: if a file is missing and no source has it.
+        OSError: if a file is missing and `root` cannot be written to.
+    """
+    images, labels = read_mnist(split, root)
+    pixels = np.divide(images[:, None], 255, dtype=np.float32)
+    return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def load_training_data(
+    root: str | os.PathLike, held_out: int, *, quick: bool = False
+) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Training images, the `held_out` last of them kept aside, and test images.
+
+    `quick` takes the first 2,560, 200 and 500 of each, for a smoke run.
+
+    Raises:
+        ValueError: unless 1 <= `held_out` < 60,000.
+    """
+    parts = (*hold_out(load_mnist("train", root), held_out), load_mnist("test", root))
+    if not quick:
+        return parts
+    return tuple(
+        subset(part, range(min(size, len(part))))
+        for part, size in zip(parts, (2560, 200, 500), strict=True)
+    )
+
+
+def hold_out(dataset: TensorDataset, size: int) -> tuple[TensorDataset, TensorDataset]:
+    """Split off the last `size` examples, on which choices are made: (rest, held out).
+
+    Raises:
+        ValueError: unless 1 <= `size` < len(dataset).
+    """
+    if not 1 <= size < len(dataset):
+        raise ValueError(f"'size' = {size} must be at least 1 and less than {len(dataset)}.")
+    return (
+        TensorDataset(*(tensor[:-size] for tensor in dataset.tensors)),
+        TensorDataset(*(tensor[-size:] for tensor in dataset.tensors)),
+    )
+
+
+def subset(dataset: TensorDataset, indices: Sequence[int] | torch.Tensor) -> TensorDataset:
+    """The examples with the given numbers, in that order, as tensors in memory.
+
+    Raises:
+        ValueError: if `indices` are not whole numbers from 0 to len(dataset) - 1.
+    """
+    given = torch.as_tensor(indices)
+    numbers = given.to(torch.int64)
+    # A mask would become the numbers 0 and 1.
+    whole = given.dtype != torch.bool and torch.equal(numbers.to(given.dtype), given)
+    if not (whole and ((numbers >= 0) & (numbers < len(dataset))).all()):
+        raise ValueError(f"'indices' must be whole numbers from 0 to {len(dataset) - 1}.")
+    return TensorDataset(*(tensor[numbers.to(tensor.device)] for tensor in dataset.tensors))
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest.
+
+    Raises:
+        ValueError: if this machine has no such device; the message says what it has.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        numbered = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        available = ["cuda", *numbered, *available]
+    if name == "auto":
+        return torch.device(available[0])
+    if str(name) not in available:
+        raise ValueError(
+            f"'device' = {str(name)!r} is not available; use {', '.join(available)} or auto."
+        )
+    return torch.device(name)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch on every device.
+
+    torch's generator for the CPU heeds the last 32 bits of `seed` only.
+
+    Raises:
+        ValueError: unless `seed` is a whole number, 0 <= `seed` < 2**63.
+    """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"'seed' = {seed!r} must be a whole number from 0 to 2**63 - 1.")
+    random.seed(int(seed))
+    # Unlike numpy's legacy seed, which stops at 2**32, this takes all of `seed`.
+    np.random.set_bit_generator(np.random.MT19937(int(seed)))
+    torch.manual_seed(int(seed))

@@ -1,0 +1,423 @@
+"""The network, and certificates against closed forms, invariances and the noise itself."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from scipy.stats import kstest, norm
+from torch import nn
+
+from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
+from src.sampling import STAGES, block_seed
+
+GREY = torch.full((1, 28, 28), 0.5)
+
+
+class Halfspace(nn.Module):
+    """Class 0 where direction * x > offset, in logits of three classes."""
+
+    def __init__(self, direction, offset, other=(0.0, -1e9)):
+        super().__init__()
+        self.direction, self.offset, self.other = direction.flatten(), offset, other
+
+    def forward(self, images):
+        distance = images.flatten(1) @ self.direction - self.offset
+        return torch.stack([distance, *(0 * distance + o for o in self.other)], dim=1)
+
+
+class FirstPixel(nn.Module):
+    """Class 0 with probability `p` at GREY under noise of deviation `sigma`; else `loser`."""
+
+    def __init__(self, p, sigma=1.0, loser=(0.0, 1.0, 0.0)):
+        super().__init__()
+        self.threshold = 0.5 - sigma * norm.ppf(p)
+        self.loser = torch.tensor(loser)
+
+    def forward(self, images):
+        wins = (images[:, 0, 0, 0] > self.threshold)[:, None]
+        return torch.where(wins, torch.tensor([1.0, 0.0, 0.0]), self.loser)
+
+
+class Recorder(nn.Module):
+    """Keeps what passes through it, and votes for class 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, images):
+        self.batches.append(images.clone())
+        return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
+
+    def noise(self, sigma=1.0):
+        """All draws since the last call, (n, 784)."""
+        copies = torch.cat(self.batches).flatten(1)
+        self.batches.clear()
+        return copies / sigma
+
+
+@pytest.fixture
+def network():
+    """An untrained network with batch-norm statistics far from their initial values."""
+    torch.manual_seed(0)
+    model = ConvNN((3, 5), hidden=7)
+    for module in (model.norm1, model.norm2):
+        for tensor in (module.weight.data, module.bias.data, module.running_mean):
+            tensor.normal_()
+        module.running_var.uniform_(0.2, 3)
+    # Several classes must get votes, or the tests of invariance would see nothing.
+    noisy = images_of(100) + 0.5 * torch.randn(100, 1, 28, 28)
+    model.output.bias.data.sub_(model.eval()(noisy).detach().mean(dim=0))
+    return model.train()
+
+
+def images_of(count):
+    return torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(count))
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- ConvNN ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [(16, 32), [1, 3]])
+@pytest.mark.parametrize("hidden", [None, 5])
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_network_is_described_by_its_config(channels, hidden, num_classes):
+    model = ConvNN(channels, hidden, num_classes).eval()
+    twin = ConvNN(**json.loads(json.dumps(model.config))).eval()
+    twin.load_state_dict(model.state_dict())
+    images = images_of(3)
+    assert model(images).shape == (3, num_classes)
+    assert model(images[:0]).shape == (0, num_classes)
+    assert torch.equal(twin(images), model(images))
+    widths = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+    assert widths == ([num_classes] if hidden is None else [hidden, num_classes])
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (2, 3, 28, 28), (2, 1, 32, 32), (2, 784), (28, 28)])
+def test_network_names_images_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"'images'.*28, 28"):
+        ConvNN((1, 1))(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("channels", value) for value in [(4,), (4, 4, 4), (0, 4), (4, 2.5)]),
+        *(("hidden", value) for value in [0, -1, 1.5]),
+        *(("num_classes", value) for value in [1, 0, 2.0]),
+    ],
+)
+def test_network_names_bad_arguments(name, value):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        ConvNN(**{name: value})
+
+
+def test_inference_form_is_the_same_function_in_other_memory(network):
+    state = torch.get_rng_state()
+    folded = network.inference_form()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.training
+    images = images_of(50)
+    expected = network.eval()(images)
+    torch.testing.assert_close(folded(images), expected, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert all(p.requires_grad for p in network.parameters())
+    for tensor in folded.state_dict().values():
+        tensor.zero_()
+    assert torch.equal(network(images), expected)
+
+
+# --- Closed forms ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+@pytest.mark.parametrize("margin", [0.1, 0.4, 0.7])
+def test_half_space_is_certified_up_to_its_margin(margin, sigma):
+    # Smoothing leaves a half-space unchanged, so its exact radius is the margin. The upper bound
+    # fails with probability alpha = 1e-3 a case; the lower with less: it is 8 deviations away.
+    direction = torch.randn(784, generator=torch.Generator().manual_seed(1))
+    direction /= direction.norm()
+    base = Halfspace(direction, float(GREY.flatten() @ direction) - margin)
+    n = 4_000
+    certificate = SmoothClassifier(base, sigma, 3).certify(GREY, n=n, alpha=1e-3)
+    p = norm.cdf(margin / sigma)
+    slack = 8 * sigma * (p * (1 - p) / n) ** 0.5 / norm.pdf(margin / sigma)
+    assert certificate.prediction == 0
+    assert margin - slack <= certificate.radius <= margin
+
+
+@pytest.mark.parametrize("p", [0.55, 0.9, 0.999])
+def test_known_vote_probability_is_met_and_its_bound_covers(p):
+    # 300 independent certificates of one image. Their bounds exceed p Binomial(300, <= 0.1)
+    # times: more than 60 has odds below 1e-6.
+    smooth = SmoothClassifier(FirstPixel(p, sigma=0.5), 0.5, 3)
+    certificate = smooth.certify(GREY.expand(300, 1, 28, 28), n0=20, n=100, alpha=0.1)
+    wrong = (certificate.p_lower > p) | (certificate.prediction == 1)
+    assert wrong.sum() <= 60
+    if p > 0.8:
+        # Class 0 is always selected but for odds of 1e-4; its votes are Binomial(30_000, p), six
+        # deviations have odds of 2e-9.
+        votes = certificate.top_count.sum()
+        assert abs(votes - 30_000 * p) < 6 * (30_000 * p * (1 - p)) ** 0.5 + 1
+    radius = 0.5 * norm.ppf(certificate.p_lower.clamp(min=0.5).numpy())
+    torch.testing.assert_close(certificate.radius, torch.tensor(radius), rtol=1e-9, atol=1e-9)
+
+
+def test_predict_errs_at_most_alpha_of_the_time_and_abstains_otherwise():
+    # Of two classes that are all but tied, the wrong one is named with probability at most
+    # alpha / 2 = 0.1: of 400 times more than 80 has odds below 1e-8.
+    batch = GREY.expand(400, 1, 28, 28)
+    tied = SmoothClassifier(FirstPixel(0.5001), 1.0, 3).predict(batch, n=40, alpha=0.2)
+    assert set(tied.tolist()) <= {0, 1, ABSTAIN}
+    assert (tied == 1).sum() <= 80
+    assert (tied == ABSTAIN).sum() > 200
+    # P(abstain) < 1e-30 at p = 0.9, n = 1000.
+    sure = SmoothClassifier(FirstPixel(0.9), 1.0, 3)
+    assert sure.predict(GREY) == 0
+    # 2 * 0.5^10 > 0.001: ten votes of ten are too few.
+    assert sure.predict(GREY, n=10) == ABSTAIN
+
+
+def test_half_of_the_votes_certify_nothing():
+    # False alarm: alpha = 1e-3, and six deviations for the votes; the seed is fixed.
+    certificate = SmoothClassifier(FirstPixel(0.5), 1.0, 3).certify(GREY, n=400)
+    assert (certificate.prediction, certificate.radius) == (ABSTAIN, 0)
+    assert 0.3 < certificate.p_lower <= 0.5
+    assert 140 < certificate.top_count < 260
+
+
+# --- Not a number ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loser", [(1.0, torch.nan, 0.0), (torch.nan,) * 3, (torch.nan, 9.0, 9.0)])
+def test_a_nan_is_a_vote_against_every_class(loser):
+    def certify(loser):
+        return SmoothClassifier(FirstPixel(0.9, loser=loser), 1.0, 3).certify(GREY, n=500)
+
+    assert equal(certify(loser), certify((0.0, 1.0, 0.0)))
+
+
+@pytest.mark.parametrize("other", [(torch.nan, 0.0), (torch.nan, torch.nan)])
+def test_nothing_but_nans_abstains(other):
+    smooth = SmoothClassifier(Halfspace(GREY, 0.0, other), 0.5, 3)
+    certificate = smooth.certify(images_of(2), n=200)
+    assert certificate.prediction.tolist() == [ABSTAIN] * 2
+    assert all((values == 0).all() for values in certificate[1:])
+    assert smooth.predict(images_of(2)).tolist() == [ABSTAIN] * 2
+
+
+# --- The form of the answers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [None, 0, 1, 3])
+def test_answers_have_the_shape_and_types_of_the_contract(network, count):
+    images = GREY if count is None else images_of(count)
+    smooth = SmoothClassifier(network, 0.5)
+    certificate, prediction = smooth.certify(images, n0=5, n=20), smooth.predict(images, n=20)
+    assert isinstance(certificate, Certificate)
+    assert certificate._fields == ("prediction", "radius", "top_count", "p_lower")
+    dtypes = [values.dtype for values in (*certificate, prediction)]
+    assert dtypes == [torch.int64, torch.float64, torch.int64, torch.float64, torch.int64]
+    shape = () if count is None else (count,)
+    assert all(values.shape == shape for values in (*certificate, prediction))
+
+
+def test_too_few_draws_are_refused_with_the_number_that_would_do():
+    smooth = SmoothClassifier(Recorder(), 1.0, 2)
+    with pytest.raises(ValueError, match=r"'n' = 9 .*n >= 10\b"):
+        smooth.certify(GREY, n=9, alpha=0.001)
+    assert smooth.certify(GREY, n=10, alpha=0.001).prediction == 0
+
+
+FAULTS = [
+    ("images", (GREY * 255).to(torch.uint8)),
+    ("images", GREY * 3),
+    ("images", GREY[0]),
+    ("images", GREY * torch.nan),
+    *(("n", value) for value in (0, -1, 100.0, None)),
+    *(("alpha", value) for value in (0, 1, 1.5, -0.1, torch.nan)),
+    *(("batch_size", value) for value in (0, -1, 2.5)),
+    *(("seed", value) for value in (-1, 0.5, None)),
+    *(("indices", value) for value in ([], [0, 1], [-1], [0.5], torch.tensor([0.5]), ["a"])),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        *((method, *fault) for method in ("certify", "predict") for fault in FAULTS),
+        *(("certify", "n0", value) for value in (0, 1.5)),
+    ],
+)
+def test_bad_arguments_are_named(method, name, value):
+    arguments = {"images": GREY, "n": 100, name: value}
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        getattr(SmoothClassifier(Recorder(), 1.0, 2), method)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("sigma", s) for s in (0, -1, torch.nan, torch.inf, "1")), ("num_classes", 1)],
+)
+def test_bad_smoothing_is_named(name, value):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        SmoothClassifier(Recorder(), **({"sigma": 1.0} | {name: value}))
+
+
+def test_a_wrong_number_of_classes_is_named_and_modes_are_restored():
+    base = nn.Sequential(nn.Dropout(), Recorder().eval())
+    with pytest.raises(ValueError, match="'num_classes'"):
+        SmoothClassifier(base, 1.0, num_classes=3).certify(GREY, n=20)
+    assert [module.training for module in base.modules()] == [True, True, False]
+
+
+# --- Invariances ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential])
+def test_votes_of_an_image_depend_on_the_seed_and_its_index_only(network, wrap):
+    # Batches of another size round differently: a draw in 1e5 could vote otherwise, the chance
+    # of which is below 1e-2 for all the draws here; the seeds are fixed.
+    smooth, images = SmoothClassifier(wrap(network), 0.5), images_of(5)
+
+    def run(images, **options):
+        certificate = smooth.certify(images, n0=40, n=300, alpha=0.01, **options)
+        return (*certificate, smooth.predict(images, n=150, alpha=0.01, **options))
+
+    whole = run(images)
+    # Neither unanimous nor empty: otherwise the comparisons would be of nothing.
+    assert (whole[2] < 300).all()
+    assert len(whole[2].unique()) > 2
+    for batch_size in (3, 128, 1000):
+        assert equal(run(images, batch_size=batch_size), whole)
+    order = torch.tensor([3, 0, 4])
+    assert equal(run(images[order], indices=order), [values[order] for values in whole])
+    assert equal(run(images[2], indices=[2]), [values[2] for values in whole])
+    assert not torch.equal(run(images, seed=1)[2], whole[2])
+    assert not torch.equal(run(images, indices=range(5, 10))[2], whole[2])
+
+
+def test_votes_do_not_depend_on_the_number_of_threads(network):
+    smooth, images, before = SmoothClassifier(network, 0.5), images_of(4), torch.get_num_threads()
+    certificates = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            certificates.append(smooth.certify(images, n0=200, n=1_000))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert equal(certificates[0], certificates[1])
+    assert equal(certificates[0], certificates[2])
+
+
+def test_a_subclass_of_the_network_votes_with_its_own_forward(network):
+    class Constant(ConvNN):
+        def forward(self, images):
+            return super().forward(images) * 0 + torch.eye(10)[4]
+
+    model = Constant(**network.config)
+    assert SmoothClassifier(model, 0.5).certify(GREY, n=50).prediction == 4
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential])
+@pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_certificates_have_no_side_effects(network, wrap, context):
+    network.norm1.eval()
+    base = wrap(network)
+    modes = [module.training for module in base.modules()]
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with context():
+        images = images_of(2)
+        kept = images.clone()
+        smooth = SmoothClassifier(base, 0.5)
+        certificate = smooth.certify(images, n0=10, n=200)
+        smooth.predict(images, n=20)
+    assert torch.equal(images, kept)
+    assert [module.training for module in base.modules()] == modes
+    assert equal(base.state_dict().values(), state.values())
+    assert all(p.requires_grad and p.grad is None for p in base.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == threads
+    # The votes are cast in evaluation mode, whatever the mode was.
+    assert equal(certificate, SmoothClassifier(base.eval(), 0.5).certify(images, n0=10, n=200))
+
+
+# --- The noise ------------------------------------------------------------------------------
+
+
+def test_draws_are_prefixes_of_longer_runs_and_never_used_twice():
+    black, recorder = torch.zeros(1, 28, 28), Recorder()
+    smooth, drawn = SmoothClassifier(recorder, 1.0, 2), []
+    for seed, index in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        runs = []
+        for n0, n, batch_size in ((20, 50, None), (150, 300, 64)):
+            options = {"seed": seed, "indices": [index], "batch_size": batch_size}
+            smooth.certify(black, n0=n0, n=n, **options)
+            draws = recorder.noise()
+            smooth.predict(black, n=n, **options)
+            runs.append((*draws.split([n0, n]), recorder.noise()))
+        for short, long in zip(*runs, strict=True):
+            assert torch.equal(short, long[: len(short)])
+        drawn.extend(runs[1])
+    drawn = torch.cat(drawn)
+    # Two normals in float32 agree with another pair by chance with odds below 1e-7 overall.
+    assert len(drawn[:, :2].unique(dim=0)) == len(drawn) == 4 * 750
+
+
+@pytest.mark.parametrize("key", [0, 1, 0xFFFFFFFF, 123456789])
+def test_no_two_blocks_of_an_image_share_a_seed(key):
+    # The blocks of a million draws.
+    seeds = {block_seed(key, stage, block) for stage in STAGES for block in range(8_000)}
+    assert len(seeds) == len(STAGES) * 8_000
+    assert 0 <= min(seeds) <= max(seeds) < 2**32
+
+
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+def test_noise_is_standard_normal_and_independent(sigma):
+    # Every statistic below is N(0, 1), all but exactly; six deviations have odds of 2e-9, and
+    # there are 700 of them with the correlations: 1.4e-6. Kolmogorov-Smirnov: 1e-6.
+    recorder = Recorder()
+    images = torch.zeros(6, 1, 28, 28)
+    SmoothClassifier(recorder, sigma, 2).certify(images, n0=128, n=5 * 128)
+    z = recorder.noise(sigma).double()
+    assert z.shape == (6 * 6 * 128, 784)
+    size = z.numel() ** 0.5
+    moments = [z.mean(), (z**2 - 1).mean() / 2**0.5, (z**3).mean() / 15**0.5]
+    moments += [((z**4) - 3).mean() / 96**0.5]
+    # Neighbouring pixels, and neighbouring draws.
+    moments += [(z[:, 1:] * z[:, :-1]).mean(), (z[1:] * z[:-1]).mean()]
+    assert all(abs(m) * size < 6 for m in moments)
+    # 36 blocks: two stages of six images.
+    blocks = z.reshape(36, -1)
+    correlations = torch.corrcoef(blocks).fill_diagonal_(0)
+    assert correlations.abs().max() * blocks.shape[1] ** 0.5 < 6
+    assert kstest(z[::8].flatten().numpy(), "norm").pvalue > 1e-6
+
+
+@pytest.mark.parametrize("sigma", [0.1, 2.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_adds_one_draw_of_global_noise_to_each_image(sigma, training):
+    base = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784)).train(training)
+    smooth, images = SmoothClassifier(base, sigma), images_of(500)
+    torch.manual_seed(5)
+    noise = torch.randn_like(images)
+    torch.manual_seed(5)
+    logits = smooth(images)
+    assert torch.equal(logits, base(images + sigma * noise))
+    assert [module.training for module in base.modules()] == [training] * 3
+    # Fresh draws, unclipped, of deviation sigma: 392,000 of them, six deviations, 2e-9.
+    recorder = Recorder()
+    SmoothClassifier(recorder, sigma)(images)
+    z = recorder.noise() / sigma - images.flatten(1) / sigma
+    assert abs((z**2).mean() - 1) < 6 * (2 / z.numel()) ** 0.5
+    assert not torch.equal(z, noise.flatten(1))
+    logits.sum().backward()
+    assert base[1].bias.grad is not None
