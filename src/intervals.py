@@ -132,6 +132,7 @@ def population_certified_accuracy_interval(
     Raises:
         ValueError: naming the argument that is out of its range.
     """
+    certified = check_whole("certified", certified)
     possible = check_whole("possible", images if possible is None else possible)
     if np.any(possible < certified) or np.any(possible > images):
         raise ValueError("'possible' must lie between 'certified' and 'images'.")

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,17 @@ from src.certification import (
     check_open_unit,
     lower_confidence_bound,
     minimum_successes,
+    required_probability,
 )
 from src.checks import check_count, check_images, check_number, evaluation_mode
-from src.sampling import count_votes, image_key, single_threaded_workers
+from src.sampling import (
+    IN_TURN,
+    count_votes,
+    image_key,
+    running_votes,
+    single_threaded_workers,
+)
+from src.stopping import CERTIFY, CONTINUE, look_schedule, mixture_decision
 
 ABSTAIN = -1
 
@@ -96,6 +105,14 @@ class Certificate(NamedTuple):
     radius: Tensor  # float64, l2 in pixel units, 0 when abstaining
     top_count: Tensor  # int64, votes of the selected class among the n
     p_lower: Tensor  # float64, lower confidence bound of that class's probability
+
+
+class RadiusDecision(NamedTuple):
+    """What `certify_radius` returns, one entry an image, on the CPU."""
+
+    certified: Tensor  # bool
+    prediction: Tensor  # int64, the class selected, with the guarantee only if certified
+    samples: Tensor  # int64, noisy copies drawn, those that chose the class included
 
 
 class SmoothClassifier(nn.Module):
@@ -211,47 +228,104 @@ class SmoothClassifier(nn.Module):
         fields = (prediction, radius, top_count, p_lower)
         return Certificate(*(_as_batch(torch.from_numpy(f), images) for f in fields))
 
-    def _votes(self, images, stages: dict[str, int], batch_size, seed, indices):
-        """Yield, image by image, the votes (num_classes,) of each stage: {stage: counts}."""
+    def certify_radius(
+        self,
+        images: Tensor,
+        radius: float,
+        alpha: float = 0.001,
+        *,
+        n0: int = 100,
+        max_n: int = 100_000,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+    ) -> RadiusDecision:
+        """Whether the smoothed prediction is constant within `radius`, out of few draws.
+
+        `n0` noisy copies choose the class. Fresh ones are drawn until the mixture rule of
+        `src/stopping.py` settles whether its probability exceeds Phi(radius / sigma), which is
+        what the radius takes. For each image alone, over the draws of noise, the chance of
+        certifying a radius within which the smoothed prediction changes is at most `alpha`,
+        wherever the drawing stops. An image that is not certified may still be robust.
+
+        Args:
+            images: (B, 1, 28, 28) or (1, 28, 28), pixels in [0, 1].
+            radius: l2, in pixel units, at least 0.
+            alpha: chance of a false certificate.
+            n0: noisy copies that choose the class.
+            max_n: most copies drawn after those.
+            seed: of the noise; the draws are those of `certify`.
+            indices: numbers of the images in their data set; default: their position here.
+
+        Returns:
+            RadiusDecision of tensors (B,), zero-dimensional for one image.
+
+        Raises:
+            ValueError: for an argument out of its range, and if `max_n` is too small to certify
+                `radius` at `alpha`.
+        """
+        check_count("n0", n0)
+        check_number("radius", radius)
+        p0 = float(required_probability(radius, self.sigma))
+        looks = look_schedule(max_n, p0, alpha)
+        keyed = self._keyed(images, seed, indices)
+
+        def decide(pair: tuple[Tensor, int]) -> tuple[bool, int, int]:
+            image, key = pair
+            poll = (self.sigma, self.num_classes)
+            top = int(count_votes(network, image, n0, *poll, (key, "select")).argmax())
+            for look, counts in running_votes(network, image, looks, *poll, (key, "estimate")):
+                decision = mixture_decision(counts[top], look, p0, alpha, looks)
+                if decision != CONTINUE:
+                    return decision == CERTIFY, top, n0 + look
+            raise AssertionError("A rule never answers CONTINUE at its last look.")
+
+        with self._voters(images) as (network, workers):
+            certified, top, samples = zip(*workers.map(decide, keyed), strict=True)
+        fields = (np.array(certified, bool), np.array(top, int), np.array(samples, int))
+        return RadiusDecision(*(_as_batch(torch.from_numpy(f), images) for f in fields))
+
+    def _keyed(self, images: Tensor, seed: int, indices) -> list[tuple[Tensor, int]]:
+        """Each image (1, 28, 28) with the key of its noise, after the checks they share."""
         check_images(images, dims=(3, 4))
         check_count("seed", seed, 0)
-        if batch_size is not None:
-            check_count("batch_size", batch_size)
         images = images[None] if images.dim() == 3 else images
         indices = list(range(len(images)) if indices is None else indices)
         for index in indices:
             check_count("indices", index, 0)
         if len(indices) != len(images):
             raise ValueError("'indices' must hold one number for each image.")
-        device = next(self.parameters(), images).device
-        with self._voters(device) as (network, pool):
-            for image, index in zip(images.to(device, torch.float32), indices, strict=True):
-                key = image_key(seed, int(index))
+        images = images.to(self._device(images), torch.float32)
+        return [(i, image_key(seed, int(index))) for i, index in zip(images, indices, strict=True)]
+
+    def _votes(self, images, stages: dict[str, int], batch_size, seed, indices):
+        """Yield, image by image, the votes (num_classes,) of each stage: {stage: counts}."""
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        keyed = self._keyed(images, seed, indices)
+        with self._voters(images) as (network, workers):
+            poll = partial(count_votes, network, batch_size=batch_size, workers=workers)
+            for image, key in keyed:
                 yield {
-                    stage: count_votes(
-                        network,
-                        image,
-                        n,
-                        self.sigma,
-                        self.num_classes,
-                        (key, stage),
-                        batch_size,
-                        pool,
-                    )
+                    stage: poll(image, n, self.sigma, self.num_classes, (key, stage))
                     for stage, n in stages.items()
                 }
 
+    def _device(self, images: Tensor) -> torch.device:
+        """Where the base classifier is; where the images are if it has no parameters."""
+        return next(self.parameters(), images).device
+
     @contextmanager
-    def _voters(self, device: torch.device):
-        """The network in the form that votes, and the pool that shares its work, if any."""
+    def _voters(self, images: Tensor):
+        """The network in the form that votes, and the workers that share its work."""
         if type(self.base_classifier) is not ConvNN:
             # Nothing is known of its forward pass: no folding, and one call at a time.
             with evaluation_mode(self.base_classifier) as network:
-                yield network, None
+                yield network, IN_TURN
             return
         network = self.base_classifier.inference_form()
-        with single_threaded_workers() if device.type == "cpu" else nullcontext() as pool:
-            yield network, pool
+        on_cpu = self._device(images).type == "cpu"
+        with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
+            yield network, workers
 
 
 def _two_largest(counts: np.ndarray) -> tuple[np.ndarray, int]:

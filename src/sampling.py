@@ -1,8 +1,10 @@
 """Noise keyed by seed and image, and the votes that a network casts under it."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +12,16 @@ from torch import Tensor
 
 # Part of the key of every draw, so that no two stages of one certificate share noise.
 STAGES = {"select": 0, "estimate": 1, "predict": 2}
+
+
+class Workers(NamedTuple):
+    """A `map` over tasks and the number of tasks it works on at once."""
+
+    map: Callable
+    number: int
+
+
+IN_TURN = Workers(map, 1)
 
 
 def count_votes(
@@ -20,7 +32,7 @@ def count_votes(
     num_classes: int,
     stream: tuple[int, str],
     batch_size: int | None = None,
-    pool: ThreadPoolExecutor | None = None,
+    workers: Workers = IN_TURN,
 ) -> np.ndarray:
     """Votes of `network` on `n` copies of one image under Gaussian noise.
 
@@ -35,7 +47,7 @@ def count_votes(
         num_classes: number of logits.
         stream: `image_key` and one of `STAGES`, which determine the noise.
         batch_size: at most so many copies pass through the network at once.
-        pool: workers that share the blocks of noise; without one they are done in turn.
+        workers: who shares the blocks of noise.
 
     Returns:
         int64 (num_classes,); a NaN among the logits is a vote for none of them.
@@ -45,8 +57,7 @@ def count_votes(
     """
     size = _block_size(image.device)
     blocks = range(-(-n // size))
-    workers = min(len(blocks), pool._max_workers) if pool else 1
-    shares = [blocks[worker::workers] for worker in range(workers)]
+    shares = [blocks[start :: workers.number] for start in range(workers.number)]
 
     def vote(share: range) -> np.ndarray:
         counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=image.device)
@@ -56,7 +67,32 @@ def count_votes(
                     _add_votes(counts, network(batch), len(batch))
         return counts.cpu().numpy()
 
-    return sum((pool.map if pool else map)(vote, shares))[:num_classes]
+    return sum(workers.map(vote, shares))[:num_classes]
+
+
+def running_votes(
+    network: Callable[[Tensor], Tensor],
+    image: Tensor,
+    looks: Sequence[int],
+    sigma: float,
+    num_classes: int,
+    stream: tuple[int, str],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (look, votes of the first `look` copies) for each of the ascending `looks`.
+
+    No copy is drawn before its look is asked for. Arguments as for `count_votes`.
+    """
+    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=image.device)
+    blocks = _noisy_blocks(image, itertools.count(), looks[-1], sigma, stream)
+    done, copies = 0, image[:0]
+    for look in looks:
+        while done < look:
+            copies = copies if len(copies) else next(blocks)
+            batch, copies = copies[: look - done], copies[look - done :]
+            with torch.no_grad():
+                _add_votes(counts, network(batch), len(batch))
+            done += len(batch)
+        yield look, counts[:num_classes].cpu().numpy()
 
 
 def _noisy_blocks(image, blocks, n, sigma, stream):
@@ -118,6 +154,6 @@ def single_threaded_workers():
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
-            yield pool
+            yield Workers(pool.map, threads)
     finally:
         torch.set_num_threads(threads)

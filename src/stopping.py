@@ -175,6 +175,7 @@ def _with_the_end(certified, successes, trials, p0, alpha, looks):
     final = _final_count(looks[-1], alpha * LAST_SHARE, p0)
     certified = certified | ((trials == looks[-1]) & (successes >= final))
     futile = _is_futile(successes, trials, final, looks[-1])
+    # CERTIFY first: a rule may certify before `final` successes are in reach.
     return np.where(certified, CERTIFY, np.where(futile, REJECT, CONTINUE)).astype(np.int8)[()]
 
 

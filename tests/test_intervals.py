@@ -1,0 +1,111 @@
+"""Accuracies over a test set and the intervals of `src.intervals`."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from src.certification import (
+    certified_radius,
+    lower_confidence_bound,
+    required_probability,
+    upper_confidence_bound,
+)
+from src.intervals import (
+    accuracy_interval,
+    average_certified_radius,
+    certified_accuracy,
+    population_certified_accuracy_interval,
+    possibly_certified,
+)
+
+
+def test_accuracy_and_average_radius_by_hand():
+    radius = np.array([0.0, 0.5, 1.0, 2.0])
+    correct = np.array([False, True, True, False])
+    assert certified_accuracy(radius, correct, 0.5) == 0.5
+    assert certified_accuracy(radius, correct, [0, 0.5, 0.6, 2]).tolist() == [0.5, 0.5, 0.25, 0]
+    assert average_certified_radius(radius, correct) == pytest.approx(1.5 / 4)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (490, 500)])
+def test_accuracy_interval_agrees_with_scipy(successes, trials):
+    low, high = accuracy_interval(successes, trials)
+    expected = stats.binomtest(successes, trials).proportion_ci(0.95, method="exact")
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+def test_accuracy_interval_takes_arrays():
+    low, high = accuracy_interval(np.arange(11), 10)
+    assert low[0] == 0
+    assert high[-1] == 1
+    assert np.all(low <= np.arange(11) / 10)
+    assert np.all(high >= np.arange(11) / 10)
+
+
+def test_interval_widens_with_the_failure_probability_of_certificates():
+    # With a negligible alpha it is the interval of test sampling; alpha moves both ends outwards.
+    plain = population_certified_accuracy_interval(450, 500, 1e-12, possible=450)
+    wide = population_certified_accuracy_interval(450, 500, 0.05, possible=450)
+    assert plain == pytest.approx(accuracy_interval(450, 500))
+    assert wide[0] < plain[0] < plain[1] < wide[1]
+    assert population_certified_accuracy_interval(450, 500, 0.001)[1] == 1
+    assert population_certified_accuracy_interval(0, 500, 0.001)[0] == 0
+
+
+def certify_population(rng, p, images, *, n, at, sigma, alpha):
+    """Counts (certified, possible) of a sample of images whose labels have probabilities `p`."""
+    votes = rng.binomial(n, p[rng.integers(len(p), size=images)])
+    # Two classes; this image's own earlier draws select the one that is usually ahead.
+    selects_label = rng.random(images) < 0.9
+    top = np.where(selects_label, votes, n - votes)
+    radius = certified_radius(lower_confidence_bound(top, n, alpha), sigma)
+    possible = possibly_certified(top, n, np.where(selects_label, 0, 1), 0, at, sigma, alpha)
+    return (selects_label & (radius >= at)).sum(), possible.sum()
+
+
+def test_interval_covers_the_population_when_certificates_fail_often():
+    # Probabilities just below and just above p0 make certificates fail as often as alpha = 0.2
+    # allows. 600 repetitions at 90 %: covering fewer than 85 % is 4 standard deviations off,
+    # a false alarm in 3e4 were the coverage as low as promised; the seed is fixed.
+    rng, sigma, at = np.random.default_rng(3), 0.5, 0.5
+    p0 = required_probability(at, sigma)
+    p = np.array([p0 - 1e-9] * 50 + [p0 + 1e-9] * 30 + [0.99] * 20)
+    covered = 0
+    for _ in range(600):
+        certified, possible = certify_population(rng, p, 200, n=100, at=at, sigma=sigma, alpha=0.2)
+        low, high = population_certified_accuracy_interval(
+            certified, 200, 0.2, 0.9, possible=possible
+        )
+        covered += low <= np.mean(p >= p0) <= high
+    assert covered / 600 >= 0.85
+
+
+def test_what_the_votes_rule_out():
+    # Phi(1) = 0.841: 70 of 100 votes rule it out at 0.001 only if they are the label's own limit.
+    arguments = {"at": 0.5, "sigma": 0.5, "alpha": 0.001}
+    assert upper_confidence_bound(70, 100, 0.001) < 0.841
+    assert not possibly_certified(70, 100, 4, 4, **arguments)
+    assert possibly_certified(90, 100, 4, 4, **arguments)
+    assert not possibly_certified(70, 100, 4, 7, **arguments)
+    assert possibly_certified(10, 100, 4, 7, **arguments)
+    # An abstention hides which class was selected: both readings must be ruled out.
+    assert not possibly_certified(50, 100, -1, 7, **arguments)
+    assert possibly_certified(20, 100, -1, 7, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: accuracy_interval(1, 0), "trials"),
+        (lambda: accuracy_interval(11, 10), "successes"),
+        (lambda: accuracy_interval(1, 10, 1.0), "confidence"),
+        (lambda: certified_accuracy([0.1, np.nan], [True, True], 0.1), "radius"),
+        (lambda: average_certified_radius([], []), "radius"),
+        (lambda: average_certified_radius([1.0], [2]), "correct"),
+        (lambda: population_certified_accuracy_interval(5, 10, 0.1, possible=4), "possible"),
+        (lambda: population_certified_accuracy_interval(5, 10, 1.5), "alpha"),
+    ],
+)
+def test_bad_arguments_are_named(call, name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        call()

@@ -1,0 +1,152 @@
+"""The four scripts end to end in an empty folder, and what a user meets when things are wrong."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_adv_training
+import main_compare
+import main_random_smoothing
+import main_training
+from src.certificates import read_rows
+from src.certification import certified_radius, lower_confidence_bound
+from src.checkpoints import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("main_training", "main_adv_training", "main_random_smoothing", "main_compare")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, mnist_root):
+    """A folder in which the four scripts have run with --quick."""
+    folder = tmp_path_factory.mktemp("quick")
+    (folder / "data").symlink_to(mnist_root)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for script in (main_training, main_adv_training, main_random_smoothing, main_compare):
+            script.main(["--quick"])
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def start(script, *options, cwd):
+    """Run a script as a user does; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *options],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_scripts_leave_checkpoints_rows_and_figures(finished):
+    assert {p.name for p in (finished / "models").iterdir()} == {
+        "standard_training.pt",
+        "adversarial_training.pt",
+        "randomized_smoothing.pt",
+    }
+    # Nothing half-written: no temporary file is left, and every figure is a whole PNG.
+    leftovers = [p for p in finished.rglob(".*") if p.name != "data"]
+    assert leftovers == []
+    figures = list((finished / "figures").glob("*.png"))
+    assert len(figures) == 14
+    assert all(p.read_bytes().endswith(b"IEND\xaeB`\x82") for p in figures)
+
+
+def test_certificates_can_be_recomputed_from_their_counts(finished):
+    for name in ("standard", "adversarial", "smoothed"):
+        rows = read_rows(finished / "results" / f"certificates_{name}.csv")
+        assert [int(row["index"]) for row in rows] == list(range(0, 10_000, 1000))
+        for row in rows:
+            bound = lower_confidence_bound(
+                int(row["top_count"]), int(row["n"]), float(row["alpha"])
+            )
+            assert float(row["p_lower"]) == bound
+            assert float(row["radius"]) == certified_radius(bound, float(row["sigma"]))
+            assert int(row["correct"]) == (row["prediction"] == row["label"])
+
+
+def test_json_twin_says_what_made_the_rows(finished):
+    facts = json.loads((finished / "results" / "certificates_smoothed.json").read_text())
+    assert facts["command"] == "python main_compare.py --quick"
+    assert facts["versions"]["torch"] == torch.__version__
+    assert len(facts["model_digest"]) == 64
+
+
+def test_attack_rows_count_images(finished):
+    rows = read_rows(finished / "results" / "standard_training_attacks.csv")
+    table = [row for row in rows if row["part"] == "table"]
+    # Clean, and two attacks at each of five radii.
+    assert len(table) == 11
+    assert all(int(r["correct"]) <= int(r["images"]) == 100 for r in table)
+
+
+def test_same_command_gives_the_same_bytes(finished, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(finished / "data")
+    monkeypatch.chdir(tmp_path)
+    main_random_smoothing.main(["--quick"])
+    name = "results/randomized_smoothing_certificates.csv"
+    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    weights = [load_checkpoint(f / "models/randomized_smoothing.pt") for f in (tmp_path, finished)]
+    for one, other in zip(*(m.state_dict().values() for m in weights), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root):
+    ended = start("main_compare", "--quick", "--data", str(mnist_root), cwd=tmp_path)
+    assert ended.returncode != 0
+    sentence = (
+        "error: There is no checkpoint models/standard_training.pt; "
+        "run python main_training.py first."
+    )
+    assert ended.stderr.strip().splitlines()[-1] == sentence
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_gives_units_and_defaults(script):
+    ended = start(script, "--help", cwd=ROOT)
+    assert ended.returncode == 0
+    for option in ("--device", "--seed", "--quick"):
+        assert option in ended.stdout
+    assert "default: auto" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("main_random_smoothing", ["--sigma", "0"]),
+        ("main_random_smoothing", ["--sigma", "nan"]),
+        ("main_adv_training", ["--norm", "l1"]),
+        ("main_training", ["--epochs", "0"]),
+        ("main_training", ["--epoch", "1"]),  # No abbreviations.
+        ("main_compare", ["--alpha", "1"]),
+        ("main_training", ["--device", "tpu", "--quick"]),
+        ("main_training", ["--held-out", "60000", "--quick"]),
+    ],
+)
+def test_bad_option_is_one_sentence_and_a_failure(script, options, tmp_path, mnist_root):
+    ended = start(script, *options, "--data", str(mnist_root), cwd=tmp_path)
+    assert ended.returncode != 0
+    assert "error: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_walkthrough_runs_on_the_trained_models(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    runpy.run_path(str(ROOT / "notebooks" / "walkthrough.py"))
+    printed = capsys.readouterr().out
+    assert "never above epsilon = 0.2" in printed
+    assert len(list((finished / "figures").glob("walkthrough_*.png"))) == 3
