@@ -26,7 +26,7 @@ NAME, TITLE = "adversarial_training", "Adversarial training"
 
 def main(argv=None):
     parser = script_parser(__doc__)
-    training_options(parser, epochs=15)
+    training_options(parser, epochs=12)
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
     parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, in pixel units")
     parser.add_argument(

@@ -7,9 +7,7 @@ and figures.
 
 from pathlib import Path
 
-from src.certificates import write_rows
-from src.checkpoints import weights_digest
-from src.command_line import count, number, provenance, run, script_parser, write_json
+from src.command_line import count, number, provenance, run, script_parser
 from src.comparison import attack_models, certify_models, load_models, report_comparison
 from src.utils import get_device, load_mnist, seed_everything, subset
 
@@ -28,6 +26,7 @@ def main(argv=None):
     )
     parser.add_argument("--alpha", type=number(0, 1), default=0.001, help="failure odds, an image")
     parser.add_argument("--steps", type=count(), default=40, help="of PGD")
+    parser.add_argument("--resume", action="store_true", help="go on with interrupted rows")
     args = parser.parse_args(argv)
     if args.quick:
         args.every, args.n, args.steps = 1000, 500, 4
@@ -47,13 +46,10 @@ def main(argv=None):
         n=args.n,
         alpha=args.alpha,
         seed=args.seed,
+        results=args.results,
+        facts=provenance(Path(__file__).stem, args, argv),
+        resume=args.resume,
     )
-    facts = provenance(Path(__file__).stem, args, argv)
-    for name, rows in certificates.items():
-        stem = Path(args.results) / f"certificates_{name}"
-        write_rows(stem.with_suffix(".csv"), rows)
-        digest = weights_digest(models[name].state_dict())
-        write_json(stem.with_suffix(".json"), facts | {"model_digest": digest})
     tables, curves = attack_models(models, subset(test, indices), steps=args.steps)
     report_comparison(
         tables,

@@ -1,14 +1,29 @@
-"""Result rows on disk and what is read off them (no model code)."""
+"""Result rows on disk: append, resume, verify, and what is read off them (no model code).
 
+A file of certificates, X.csv, grows by one line an image. Its twin, X.json, holds what made it
+and, once it is finished, digests of the rows and of itself. Check both with
+
+    python -m src.certificates verify X.csv [--redraw K --checkpoint MODEL.pt]
+"""
+
+import argparse
+import contextlib
 import csv
+import hashlib
+import io
+import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+from src.certification import certified_radius, lower_confidence_bound
+from src.files import lock_file, whole_file
 
-from src.files import whole_file
-from src.intervals import accuracy_interval, average_certified_radius, certified_accuracy
+COLUMNS = (
+    *("index", "label", "prediction", "correct", "radius", "p_lower", "top_count"),
+    *("n0", "n", "alpha", "sigma", "seed"),
+)
 
 
 def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
@@ -18,11 +33,8 @@ def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
         path: file to write.
         rows: dictionaries with the same keys, at least one.
     """
-    with whole_file(path) as temporary, temporary.open("w", newline="") as stream:
-        # repr of a float is the shortest text that reads back to the same float.
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with whole_file(path) as temporary:
+        temporary.write_text(_text([list(rows[0]), *(row.values() for row in rows)]))
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
@@ -35,32 +47,218 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def summarise(rows: Sequence[Mapping], radii: Sequence[float]) -> dict:
-    """What a table says of a model's certificates.
+def record_certificates(
+    path: str | os.PathLike,
+    indices: Sequence[int],
+    certify: Callable[[Sequence[int]], Iterable[Mapping]],
+    settings: Mapping,
+    facts: Mapping,
+    *,
+    resume: bool = False,
+) -> list[dict[str, str]]:
+    """Certify images one by one, each row on disk as soon as it is finished.
+
+    A run that is killed at any moment can be taken up with `resume`; its finished file is then
+    byte for byte that of a run that was not. Without `resume`, rows that are already there are
+    set aside under another name.
 
     Args:
-        rows: result rows of one model.
-        radii: l2 radii at which certified accuracy is given.
+        path: the CSV file; its twin has the ending .json.
+        indices: numbers of the images in the order of the rows.
+        certify: indices that are left -> rows with the keys `COLUMNS`, one at a time.
+        settings: what the rows depend on (digests of model and data, sigma, n0, n, alpha, seed,
+            ...), JSON values; a run is only resumed with equal ones.
+        facts: what else is worth knowing of the run, JSON values.
+        resume: go on with the rows that are there.
 
     Returns:
-        `images`, counts `abstained` and `wrong`; `certified`: {radius: (accuracy, low, high)}
-        with 95 % intervals of test sampling; `acr`, the average certified radius, and
-        `mean_p_lower`.
+        All rows, as `read_rows` gives them.
+
+    Raises:
+        ValueError: if there is another run behind the rows, or they are damaged.
+        OSError: if the file cannot be written or another process is writing it.
     """
-    radius = np.array([float(row["radius"]) for row in rows])
-    right = np.array([int(row["correct"]) for row in rows], bool)
-    abstained = np.array([int(row["prediction"]) == -1 for row in rows])
-    shares = [float(certified_accuracy(radius, right, at)) for at in radii]
-    hits = [round(share * len(rows)) for share in shares]
-    intervals = [accuracy_interval(count, len(rows)) for count in hits]
-    return {
-        "images": len(rows),
-        "abstained": int(abstained.sum()),
-        "wrong": int((~right & ~abstained).sum()),
-        "certified": {
-            at: (share, float(low), float(high))
-            for at, share, (low, high) in zip(radii, shares, intervals, strict=True)
-        },
-        "acr": float(average_certified_radius(radius, right)),
-        "mean_p_lower": float(np.mean([float(row["p_lower"]) for row in rows])),
+    path = Path(path)
+    twin = path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps({**settings, "indices": _digest(repr(list(indices)))}))
+    with lock_file(path):
+        done = _finished_rows(path, twin, indices, settings) if resume else 0
+        if not done:
+            _set_aside(path)
+            _write_twin(twin, {"settings": settings, "facts": dict(facts), "finished": False})
+            path.write_text(_text([COLUMNS]))
+        with path.open("a", newline="") as stream:
+            for row in certify(indices[done:]) if done < len(indices) else ():
+                stream.write(_text([[row[column] for column in COLUMNS]]))
+                stream.flush()
+            os.fsync(stream.fileno())
+        content = _read_twin(twin) | {"finished": True, "rows_sha256": _digest(path.read_text())}
+        _write_twin(twin, content)
+        _drop_equal_copies(path)
+    return read_rows(path)
+
+
+def _finished_rows(path: Path, twin: Path, indices: Sequence[int], settings: Mapping) -> int:
+    """How many rows an interrupted run has left; a torn last line is cut off."""
+    if not path.exists():
+        return 0
+    if not twin.exists():
+        raise ValueError(f"{path} cannot be resumed: its twin {twin} is missing.")
+    made = _read_twin(twin)["settings"]
+    different = sorted(k for k in made.keys() | settings.keys() if made.get(k) != settings.get(k))
+    if different:
+        was = ", ".join(f"{key} was {made.get(key)}, is {settings.get(key)}" for key in different)
+        raise ValueError(f"{path} cannot be resumed, since this run differs: {was}.")
+    text = path.read_text()
+    whole, torn = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
+    rows = list(csv.DictReader(io.StringIO(whole)))
+    problems = check_rows(rows, whole)
+    problems += [
+        f"line {number + 2}: index {row['index']} where {index} is expected"
+        for number, (row, index) in enumerate(zip(rows, indices, strict=False))
+        if row["index"] != str(index)
+    ]
+    if problems or len(rows) > len(indices):
+        raise ValueError(f"{path} is damaged and cannot be resumed: {(problems or ['rows'])[0]}.")
+    if torn:
+        os.truncate(path, len(whole.encode()))
+    return len(rows)
+
+
+def check_rows(rows: Sequence[Mapping[str, str]], text: str) -> list[str]:
+    """What is wrong with result rows that need no model to be checked; empty if nothing is.
+
+    Every bound and radius is computed again from its count, and `text` must be what the rows
+    would be written as.
+    """
+    problems = []
+    if _text([COLUMNS, *(row.values() for row in rows)]) != text:
+        problems.append("it is not a table of the expected columns")
+    for number, row in enumerate(rows, start=2):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if _is_consistent(row):
+                continue
+        problems.append(f"line {number} contradicts itself")
+    return problems
+
+
+def _is_consistent(row: Mapping[str, str]) -> bool:
+    """Whether bound, radius, prediction and correctness follow from the counts of a row."""
+    p_lower = lower_confidence_bound(int(row["top_count"]), int(row["n"]), float(row["alpha"]))
+    abstained = int(row["prediction"]) == -1
+    expected = {
+        "p_lower": repr(float(p_lower)),
+        "radius": repr(float(certified_radius(p_lower, float(row["sigma"])))),
+        "correct": str(int(row["prediction"] == row["label"])),
     }
+    return abstained == (p_lower <= 0.5) and all(row[k] == v for k, v in expected.items())
+
+
+def verify(path: str | os.PathLike) -> list[str]:
+    """Check a finished file of certificates against itself and its twin.
+
+    Returns:
+        What is wrong, a sentence each; empty if nothing is. Every changed character of either
+        file is found, unless somebody has changed the digests to match.
+
+    Raises:
+        OSError: if a file is missing.
+        ValueError: if the twin is not JSON or was changed.
+    """
+    path = Path(path)
+    content = _read_twin(path.with_suffix(".json"))
+    text = path.read_text()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    problems = check_rows(rows, text)
+    if not content["finished"]:
+        problems.append("the run is not finished")
+    elif content["rows_sha256"] != _digest(text):
+        problems.append("the rows do not match the digest in the twin")
+    for key in ("n0", "n", "alpha", "sigma", "seed"):
+        values = {row.get(key) for row in rows}
+        if values - {str(content["settings"].get(key))}:
+            problems.append(f"the rows have another {key} than the twin")
+    return problems
+
+
+def _text(lines: Iterable[Iterable]) -> str:
+    """Lines of CSV; repr of a float is the shortest text that reads back to the same float."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(lines)
+    return stream.getvalue()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_twin(twin: Path, content: dict) -> None:
+    """Write the twin with a digest over all of its other entries."""
+    content.pop("sha256", None)
+    content["sha256"] = _digest(json.dumps(content, sort_keys=True))
+    with whole_file(twin) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _read_twin(twin: Path) -> dict:
+    """The content of a twin; ValueError if it was changed."""
+    text = twin.read_text()
+    try:
+        content = json.loads(text)
+        digest = content.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{twin} is not the twin of a file of certificates.") from None
+    unchanged = json.dumps(content | {"sha256": digest}, indent=1, sort_keys=True) + "\n" == text
+    if digest != _digest(json.dumps(content, sort_keys=True)) or not unchanged:
+        raise ValueError(f"{twin} was changed: it does not match its own digest.")
+    return content
+
+
+def _set_aside(path: Path) -> None:
+    """Rename earlier rows and their twin to the first free X.previous-K, and say so."""
+    if not path.exists():
+        return
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.previous-{number}.csv")).exists():
+        number += 1
+    path.replace(kept)
+    twin = path.with_suffix(".json")
+    if twin.exists():
+        twin.replace(kept.with_suffix(".json"))
+    print(f"Earlier rows are kept as {kept}")
+
+
+def _drop_equal_copies(path: Path) -> None:
+    """Delete rows set aside that are the same as the new ones: the same command ran again."""
+    for kept in path.parent.glob(f"{path.stem}.previous-*.csv"):
+        if kept.read_bytes() == path.read_bytes():
+            kept.unlink()
+            kept.with_suffix(".json").unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `python -m src.certificates verify`; exits with 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m src.certificates", allow_abbrev=False)
+    verb = parser.add_subparsers(required=True).add_parser("verify", allow_abbrev=False)
+    verb.add_argument("path", help="a file of certificates, .csv")
+    verb.add_argument("--redraw", type=int, default=0, help="certify so many random rows again")
+    verb.add_argument("--checkpoint", help="the model behind the rows, for --redraw")
+    verb.add_argument("--data", default="data", help="folder of MNIST, for --redraw")
+    args = parser.parse_args(argv)
+    try:
+        problems = verify(args.path)
+        if args.redraw:
+            # Not at the top: everything else here works without torch.
+            from src.redraw import redraw
+
+            problems += redraw(args.path, args.redraw, args.checkpoint, args.data)
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
+    if problems:
+        sys.exit("\n".join(f"error: {args.path}: {problem}" for problem in problems))
+    print(f"{args.path}: {len(read_rows(args.path))} rows, nothing wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.utils.data import TensorDataset
 
-from src.certificates import write_rows
+from src.certificates import record_certificates, write_rows
 from src.checkpoints import load_checkpoint
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import (
@@ -16,6 +16,7 @@ from src.plotting import (
     plot_gallery,
     plot_p_lower,
 )
+from src.redraw import certificate_settings
 from src.robustness import attack_table, epsilon_curves
 from src.tables import certificate_lines, format_table, percent
 from src.training_and_evaluation import evaluate_robustness
@@ -71,14 +72,27 @@ def certify_models(
     n: int,
     alpha: float,
     seed: int,
+    results: str | Path,
+    facts: Mapping,
+    resume: bool,
 ) -> dict[str, list[dict]]:
-    """Result rows of each model, smoothed with the same noise on the same images."""
+    """Certify each model, smoothed with the same noise, on the same images; see `certify`.
+
+    Rows go to results/certificates_<model>.csv as they are finished, `resume` takes up those of
+    an interrupted run; see `record_certificates`. Returns {model: rows}.
+    """
+    settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
     rows = {}
     for name, model in models.items():
         print(f"Certifying the {name} model at sigma = {sigma:g}, n = {n:,}, alpha = {alpha:g}")
         smooth = SmoothClassifier(model, sigma)
-        rows[name] = list(
-            evaluate_robustness(smooth, test, n0=n0, n=n, alpha=alpha, seed=seed, indices=indices)
+        rows[name] = record_certificates(
+            Path(results) / f"certificates_{name}.csv",
+            indices,
+            lambda left, smooth=smooth: evaluate_robustness(smooth, test, **settings, indices=left),
+            certificate_settings(model, test, sigma=sigma, **settings),
+            facts,
+            resume=resume,
         )
     return rows
 
@@ -120,7 +134,7 @@ def report_comparison(
 
     figures = Path(figures)
     first = next(iter(certificates.values()))
-    setting = f"$\\sigma$ = {sigma:g}, {len(first)} test images, n = {first[0]['n']:,}"
+    setting = f"$\\sigma$ = {sigma:g}, {len(first)} test images, n = {int(first[0]['n']):,}"
     # Twelve curves in two panels cannot be read: the figure takes the stronger attack.
     strongest = {n.split(", ")[0]: rows for n, rows in curves.items() if "PGD" in n}
     plot_accuracy_against_epsilon(
@@ -143,15 +157,21 @@ def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset
     """Images with the smallest and largest certified radius: (rows, row labels)."""
     rows, labels = [], []
     for name, certified in certificates.items():
-        right = sorted((r for r in certified if r["correct"]), key=lambda r: r["radius"])
+        right = sorted(
+            (r for r in certified if int(r["correct"])), key=lambda r: float(r["radius"])
+        )
         for label, chosen, color in (
             (f"{name}\nsmallest", right[:show], RED),
             (f"{name}\nlargest", right[-show:], GREEN),
         ):
-            images = subset(test, [row["index"] for row in chosen]).tensors[0]
+            images = subset(test, [int(row["index"]) for row in chosen]).tensors[0]
             rows.append(
                 [
-                    (image[0].numpy(), f"{row['prediction']}: r = {row['radius']:.2f}", color)
+                    (
+                        image[0].numpy(),
+                        f"{row['prediction']}: r = {float(row['radius']):.2f}",
+                        color,
+                    )
                     for image, row in zip(images, chosen, strict=True)
                 ]
             )

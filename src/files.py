@@ -34,3 +34,36 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_file(path: str | os.PathLike) -> Iterator[None]:
+    """Hold the right to write `path`, by a lock on its neighbour ".path.lock".
+
+    The lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("a") as handle:
+        if not take_lock(handle.fileno()):
+            raise BlockingIOError(f"Another process is writing {path}; wait for it or stop it.")
+        yield
+
+
+def take_lock(descriptor: int) -> bool:
+    """Try to lock an open file for this process; False if another one has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.files import whole_file
+from src.files import take_lock, whole_file
 from src.mnist_sources import FILES, SOURCES
 
 PREFIXES = {"train": "train", "test": "t10k"}
@@ -155,28 +155,12 @@ def _try_source(
 def _lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path`; waits for the process that has it, and dies with this one."""
     with path.open("a") as handle:
-        if not _take_lock(handle.fileno()):
+        if not take_lock(handle.fileno()):
             _say("waiting for another process that is fetching it.")
-            while not _take_lock(handle.fileno()):
+            while not take_lock(handle.fileno()):
                 time.sleep(0.1)
         # Closing the file gives the lock back, as the end of the process does.
         yield
-
-
-def _take_lock(descriptor: int) -> bool:
-    """Try to lock an open file for this process; False if another one has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
 
 
 if __name__ == "__main__":

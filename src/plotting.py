@@ -124,7 +124,9 @@ def plot_accuracy_against_epsilon(
                 xlabel=f"radius $\\epsilon$ of the attack, {label}", ylim=(0, 1.02), xlim=(0, None)
             )
         panels[0].set_ylabel("accuracy")
-        panels[1].legend(loc="upper right")
+        handles, labels = panels[0].get_legend_handles_labels()
+        # Below the panels: robust models keep their curves where a legend would stand.
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.suptitle(title)
         _save(figure, path)
 

@@ -102,8 +102,10 @@ def mixture_log_e_value(successes, trials, p0):
     # The prior's mass above p0 is (1 - p0) ** CONCENTRATION, and Beta(1, b) has density
     # b (1 - p) ** (b - 1).
     log_prior = CONCENTRATION * np.log1p(-p0) - np.log(CONCENTRATION)
+    tail = special.betaincc(a, b, p0)
+    # A tail that nearly underflows has lost its digits; the votes are then far below p0.
     with np.errstate(divide="ignore"):
-        log_tail = np.log(special.betaincc(a, b, p0))
+        log_tail = np.log(np.where(tail < 1e-290, 0.0, tail))
     log_average = special.betaln(a, b) + log_tail - log_prior
     log_e = log_average - successes * np.log(p0) - failures * np.log1p(-p0)
     return (log_e - 1e-12 * (trials + 100.0))[()]

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from src.certificates import summarise
+import numpy as np
+
+from src.intervals import accuracy_interval, average_certified_radius, certified_accuracy
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -36,6 +38,37 @@ def attack_lines(rows: Sequence[Mapping]) -> str:
         for row in rows
     ]
     return format_table(("images", "attack", "accuracy % [95 % interval]"), lines)
+
+
+def summarise(rows: Sequence[Mapping], radii: Sequence[float]) -> dict:
+    """What a table says of a model's certificates.
+
+    Args:
+        rows: result rows of one model.
+        radii: l2 radii at which certified accuracy is given.
+
+    Returns:
+        `images`, counts `abstained` and `wrong`; `certified`: {radius: (accuracy, low, high)}
+        with 95 % intervals of test sampling; `acr`, the average certified radius, and
+        `mean_p_lower`.
+    """
+    radius = np.array([float(row["radius"]) for row in rows])
+    right = np.array([int(row["correct"]) for row in rows], bool)
+    abstained = np.array([int(row["prediction"]) == -1 for row in rows])
+    shares = [float(certified_accuracy(radius, right, at)) for at in radii]
+    hits = [round(share * len(rows)) for share in shares]
+    intervals = [accuracy_interval(count, len(rows)) for count in hits]
+    return {
+        "images": len(rows),
+        "abstained": int(abstained.sum()),
+        "wrong": int((~right & ~abstained).sum()),
+        "certified": {
+            at: (share, float(low), float(high))
+            for at, share, (low, high) in zip(radii, shares, intervals, strict=True)
+        },
+        "acr": float(average_certified_radius(radius, right)),
+        "mean_p_lower": float(np.mean([float(row["p_lower"]) for row in rows])),
+    }
 
 
 def certificate_lines(

@@ -72,13 +72,15 @@ def test_known_bounds_and_radii(k, n, p_lower, quantile):
     )
 
 
-# The last two are cases in which scipy's quantile alone is 13 and 2,584 ulp above the true bound.
+# scipy's quantile alone is 13 ulp above the true bound at (10, 11) for small alpha.
 @pytest.mark.parametrize("alpha", [1e-12, 1e-6, 0.001, 0.05, 0.5])
 @pytest.mark.parametrize(
     ("k", "n"),
-    [(1, 1), (1, 10), (9, 10), (10, 10), (3, 83), (66, 100), (550, 1000), (999, 1000)]
-    + [(50490, 10**5), (99000, 10**5), (10**5, 10**5), (1, 10**6), (999990, 10**6)]
-    + [(10**6, 10**6), (2999000, 3 * 10**6), (10, 11), (15974, 140712)],
+    [
+        *((1, 1), (1, 10), (9, 10), (10, 10), (3, 83), (66, 100), (550, 1000), (999, 1000)),
+        *((50490, 10**5), (99000, 10**5), (10**5, 10**5), (1, 10**6), (999990, 10**6)),
+        *((10**6, 10**6), (2999000, 3 * 10**6), (10, 11), (15974, 140712)),
+    ],
 )
 def test_bound_is_just_below_the_true_one(k, n, alpha):
     bound = lower_confidence_bound(k, n, alpha)
@@ -88,6 +90,7 @@ def test_bound_is_just_below_the_true_one(k, n, alpha):
 
 
 def test_bound_is_below_the_true_one_where_scipy_is_above():
+    # scipy's quantile alone is 2,584 ulp too high here.
     bound = lower_confidence_bound(15974, 140712, 3.231458031040363e-11)
     assert upper_tail(15974, 140712, bound) < mpmath.mpf(3.231458031040363e-11)
 
@@ -164,11 +167,11 @@ def test_two_sided_radius_is_just_below_the_exact_one(p, q, sigma):
     radius = two_sided_radius(p, q, sigma)
     if p <= q:
         assert radius == 0
-    elif q > 0 and p < 1:
+    elif q > 1e-30 and p < 1:
         exact = mpmath.mpf(sigma) / 2 * (exact_quantile(p) - exact_quantile(q))
         assert 0 <= radius <= exact
-        # Both quantiles may be much larger than their difference.
-        assert exact - mpmath.mpf(radius) <= 1e-13 * sigma * 40
+        # Both quantiles, at most 12, may be much larger than their difference.
+        assert exact - mpmath.mpf(radius) <= 1e-13 * sigma
 
 
 def test_two_sided_known_answers():
@@ -206,7 +209,7 @@ def test_tight_bounds_hold_together():
 def test_tight_bounds_accept_a_selected_class_that_lost():
     p_lower, p_upper = tight_bounds([[10, 90, 0]], [0], 100, 0.01)
     assert p_lower.shape == (1,)
-    assert p_upper[0] == upper_confidence_bound(90, 100, 0.0025)
+    assert 0.9 < p_upper[0] <= upper_confidence_bound(90, 100, 0.0025)
     assert two_sided_radius(p_lower, p_upper, 1.0)[0] == 0
 
 

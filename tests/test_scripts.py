@@ -16,7 +16,7 @@ import main_random_smoothing
 import main_training
 from src.certificates import read_rows
 from src.certification import certified_radius, lower_confidence_bound
-from src.checkpoints import load_checkpoint
+from src.checkpoints import load_checkpoint, weights_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("main_training", "main_adv_training", "main_random_smoothing", "main_compare")
@@ -78,9 +78,10 @@ def test_certificates_can_be_recomputed_from_their_counts(finished):
 
 def test_json_twin_says_what_made_the_rows(finished):
     facts = json.loads((finished / "results" / "certificates_smoothed.json").read_text())
-    assert facts["command"] == "python main_compare.py --quick"
-    assert facts["versions"]["torch"] == torch.__version__
-    assert len(facts["model_digest"]) == 64
+    assert facts["facts"]["command"] == "python main_compare.py --quick"
+    assert facts["facts"]["versions"]["torch"] == torch.__version__
+    weights = load_checkpoint(finished / "models/randomized_smoothing.pt").state_dict()
+    assert facts["settings"]["model_digest"] == weights_digest(weights)
 
 
 def test_attack_rows_count_images(finished):

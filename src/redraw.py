@@ -1,0 +1,73 @@
+"""Rows of certificates drawn again from the model that is said to be behind them."""
+
+import hashlib
+import os
+
+import numpy as np
+from torch.utils.data import TensorDataset
+
+from src.certificates import read_rows
+from src.checkpoints import load_checkpoint, weights_digest
+from src.models import SmoothClassifier
+from src.training_and_evaluation import evaluate_robustness
+from src.utils import load_mnist
+
+
+def data_digest(dataset: TensorDataset) -> str:
+    """SHA-256 over images and labels."""
+    digest = hashlib.sha256()
+    for tensor in dataset.tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def redraw(
+    path: str | os.PathLike, rows: int, checkpoint: str | None, data: str = "data"
+) -> list[str]:
+    """Certify randomly chosen rows of a file again and compare them exactly.
+
+    Args:
+        path: file of certificates of MNIST test images.
+        rows: how many to draw again, all of them if there are fewer.
+        checkpoint: the model.
+        data: folder of MNIST.
+
+    Returns:
+        What differs, a sentence each; empty if nothing does. Another type of device or
+        processor may cast a vote differently in a tie of rounding errors.
+
+    Raises:
+        OSError, ValueError: if a file cannot be used.
+    """
+    if checkpoint is None:
+        raise ValueError("--redraw needs --checkpoint, the model behind the rows.")
+    model, test, found = load_checkpoint(checkpoint), load_mnist("test", data), read_rows(path)
+    # Fresh entropy: whoever alters a row must not know which ones are drawn again.
+    chosen = np.random.default_rng().choice(len(found), min(rows, len(found)), replace=False)
+    problems = []
+    for row in (found[number] for number in sorted(chosen)):
+        smooth = SmoothClassifier(model, float(row["sigma"]))
+        settings = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
+        (again,) = evaluate_robustness(
+            smooth,
+            test,
+            **settings,
+            seed=int(row["seed"]),
+            indices=[int(row["index"])],
+            progress=False,
+        )
+        if {key: str(value) for key, value in again.items()} != row:
+            problems.append(f"image {row['index']} drawn again gives another row")
+    return problems
+
+
+def certificate_settings(model, test: TensorDataset, **settings) -> dict:
+    """What rows of certificates depend on, for their twin."""
+    return {
+        "model_digest": weights_digest(model.state_dict()),
+        "data_digest": data_digest(test),
+        "precision": "float32",
+        "form": "batch normalisation folded",
+        **settings,
+    }
