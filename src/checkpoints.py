@@ -1,8 +1,10 @@
 """Trained networks on disk: weights, the arguments that rebuild them, and how they came about."""
 
 import hashlib
+import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from src.files import whole_file
 from src.models import ConvNN
 
-_FORMAT = "ConvNN checkpoint 1"
+_FORMAT = "ConvNN checkpoint 2"
 
 
 def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
@@ -30,16 +32,18 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
     if not isinstance(model, ConvNN):
         raise ValueError(f"'model' is a {type(model).__name__}; save its ConvNN.")
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # Through JSON, so that plain values are left, which a safe reader accepts.
+    facts = json.loads(json.dumps(facts))
     content = {
         "format": _FORMAT,
         "config": model.config,
-        # Through JSON, so that plain values are left, which a safe reader accepts.
-        "facts": json.loads(json.dumps(facts)),
-        "digest": weights_digest(weights),
+        "facts": facts,
+        "digest": _digest(model.config, facts, weights),
         "weights": weights,
     }
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    # Given a path, torch would store the random name of the temporary file as well.
+    with whole_file(path) as temporary, temporary.open("wb") as stream:
+        torch.save(content, stream)
     return Path(path)
 
 
@@ -47,15 +51,21 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     """The network of a checkpoint, in evaluation mode, its facts in `model.facts`.
 
     Only tensors and plain values are read (`weights_only=True`): no code of a foreign file
-    runs. The weights must match the digest stored with them.
+    runs. Weights, config and facts must match the digest stored with them.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if the file cannot be read.
         ValueError: if the file is not a whole, unaltered checkpoint of a ConvNN.
     """
     content = _read(Path(path))
-    if weights_digest(content["weights"]) != content["digest"]:
-        raise ValueError(f"{path} is damaged: its weights do not match their digest.")
+    try:
+        intact = content["digest"] == _digest(*(content[k] for k in ("config", "facts", "weights")))
+    except (TypeError, ValueError, RuntimeError):
+        # Values that cannot be written as JSON, or tensors without plain bytes (sparse, meta).
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} is damaged: its content does not match its digest.")
     try:
         model = ConvNN(**content["config"])
         model.load_state_dict(content["weights"])
@@ -77,14 +87,20 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _digest(config: dict, facts: dict, weights: dict[str, Tensor]) -> str:
+    """SHA-256 over all that a checkpoint holds: a file whose sigma is altered misleads as well."""
+    described = json.dumps([_FORMAT, config, facts]) + weights_digest(weights)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
 def _read(path: Path) -> dict:
     """The content of a checkpoint file, its structure checked."""
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    stored = io.BytesIO(path.read_bytes())
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(stored, map_location="cpu", weights_only=True)
     except Exception:
         # The reader raises half a dozen types, and its messages suggest to load unsafely.
         raise ValueError(

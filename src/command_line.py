@@ -7,11 +7,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
 
 from src.files import whole_file
 from src.utils import get_device
@@ -109,9 +108,7 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
+            **{name: version(name) for name in ("torch", "numpy", "scipy")},
         },
     }
 

@@ -9,8 +9,6 @@ from src.certificates import record_certificates, write_rows
 from src.checkpoints import load_checkpoint
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import (
-    GREEN,
-    RED,
     plot_accuracy_against_epsilon,
     plot_certified_accuracy,
     plot_gallery,
@@ -160,9 +158,9 @@ def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset
         right = sorted(
             (r for r in certified if int(r["correct"])), key=lambda r: float(r["radius"])
         )
-        for label, chosen, color in (
-            (f"{name}\nsmallest", right[:show], RED),
-            (f"{name}\nlargest", right[-show:], GREEN),
+        for label, chosen in (
+            (f"{name}\nsmallest", right[:show]),
+            (f"{name}\nlargest", right[-show:]),
         ):
             images = subset(test, [int(row["index"]) for row in chosen]).tensors[0]
             rows.append(
@@ -170,7 +168,7 @@ def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset
                     (
                         image[0].numpy(),
                         f"{row['prediction']}: r = {float(row['radius']):.2f}",
-                        color,
+                        "black",
                     )
                     for image, row in zip(images, chosen, strict=True)
                 ]

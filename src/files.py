@@ -48,9 +48,21 @@ def lock_file(path: str | os.PathLike) -> Iterator[None]:
     path = Path(path)
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("a") as handle:
-        if not take_lock(handle.fileno()):
+        # The holder deletes the file when it is done, so the one that was opened may be gone.
+        held = take_lock(handle.fileno()) and _is_same_file(lock, handle.fileno())
+        if not held:
             raise BlockingIOError(f"Another process is writing {path}; wait for it or stop it.")
-        yield
+        try:
+            yield
+        finally:
+            # Windows keeps open files; there it stays, which does no harm.
+            with contextlib.suppress(PermissionError):
+                lock.unlink(missing_ok=True)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    """Whether `path` still is the open file."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
 def take_lock(descriptor: int) -> bool:

@@ -216,7 +216,7 @@ def plot_gallery(
         title: of the figure.
     """
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
-        columns = max(len(row) for row in rows)
+        columns = max([1, *map(len, rows)])
         figure = Figure(
             figsize=(1.25 * columns + 1.3, 1.55 * len(rows) + 0.5), layout="constrained"
         )

@@ -1,0 +1,242 @@
+"""Losses and the training loop."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from src.attacks import gradient_attack, pgd_attack
+from src.models import ConvNN
+from src.training_and_evaluation import (
+    accuracy,
+    adversarial_loss,
+    random_shift,
+    standard_loss,
+    train_model,
+)
+
+
+def halves(count=256, side=8, seed=0):
+    """Which half is bright: separable, also after a shift by a pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    images = 0.3 * torch.rand(count, 1, side, side, generator=generator)
+    for label, part in ((0, slice(0, side // 2)), (1, slice(side // 2, side))):
+        images[labels == label, :, part] += 0.5
+    return TensorDataset(images, labels)
+
+
+def linear(seed=0, side=8, classes=2):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(side * side, classes))
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(first[key], second[key]) for key in first.keys() | second.keys())
+
+
+def test_standard_loss_is_the_closed_form():
+    logits = 5 * torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3, 3, 2, 1])
+    loss, returned = standard_loss(lambda images: logits, torch.zeros(7), labels)
+    log_odds = [
+        math.log(sum(math.exp(z) for z in row)) - row[label]
+        for row, label in zip(logits.double().tolist(), labels, strict=True)
+    ]
+    assert loss.item() == pytest.approx(sum(log_odds) / 7, rel=1e-6)
+    assert torch.equal(returned, logits)
+    assert standard_loss(lambda images: 0 * logits, None, labels)[0].item() == pytest.approx(
+        math.log(4)
+    )
+
+
+@pytest.mark.parametrize("name", ["gradient", "pgd"])
+def test_adversarial_loss_is_the_standard_loss_at_the_attacked_images(name):
+    model, (images, labels) = linear(), halves(16).tensors
+    attack = {"gradient": gradient_attack, "pgd": partial(pgd_attack, steps=3)}[name]
+    attack = partial(attack, epsilon=0.2)
+    loss, logits = adversarial_loss(model, images, labels, attack=attack)
+    expected, at_attacked = standard_loss(model, attack(model, images, labels), labels)
+    assert loss == expected
+    assert torch.equal(logits, at_attacked)
+    assert loss > standard_loss(model, images, labels)[0]
+    loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("averaging", [0, 0.995])
+def test_training_learns_and_its_history_has_a_row_an_update(averaging):
+    dataset, model = halves(250), linear().eval()
+    assert accuracy(model, dataset) < 0.8
+    history = train_model(
+        model, dataset, epochs=6, batch_size=32, averaging=averaging, progress=False
+    )
+    assert accuracy(model, halves(seed=1)) > 0.98
+    assert not model.training
+    # The last incomplete batch of each epoch is left out.
+    updates = 6 * (250 // 32)
+    assert len(history["step_loss"]) == len(history["step_accuracy"]) == updates
+    assert sum(history["step_loss"][-7:]) < 0.5 * sum(history["step_loss"][:7])
+    assert [row["epoch"] for row in history["epochs"]] == list(range(1, 7))
+    assert history["best_epoch"] == 6
+    for number, row in enumerate(history["epochs"]):
+        part = slice(7 * number, 7 * number + 7)
+        assert row["train_loss"] == pytest.approx(sum(history["step_loss"][part]) / 7, rel=1e-5)
+        assert row["train_accuracy"] == pytest.approx(sum(history["step_accuracy"][part]) / 7)
+    seconds = [row["seconds"] for row in history["epochs"]]
+    assert seconds == sorted(seconds)
+
+
+def test_history_says_what_the_untrained_model_does():
+    # The first entry is measured before any update, on the whole of a one-batch data set.
+    model, dataset = linear(), halves(20)
+    loss, logits = standard_loss(model, *dataset.tensors)
+    hits = (logits.argmax(dim=1) == dataset.tensors[1]).float().mean()
+    history = train_model(model, dataset, epochs=1, batch_size=999, shift=0, progress=False)
+    assert history["step_loss"] == pytest.approx([loss.item()], rel=1e-5)
+    assert history["step_accuracy"] == pytest.approx([hits.item()])
+
+
+@pytest.mark.parametrize("averaging", [0, 0.9])
+def test_weights_depend_on_the_seed_and_not_on_the_progress_bar(averaging):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(48, 1, 28, 28, generator=generator)
+    dataset = TensorDataset(images, torch.randint(10, (48,), generator=generator))
+    torch.manual_seed(0)
+    start = state(ConvNN((2, 3)))
+    results = []
+    for seed, progress in ((0, False), (0, True), (0, False), (1, False)):
+        model = ConvNN((2, 3))
+        model.load_state_dict(start)
+        options = {"epochs": 3, "batch_size": 16, "averaging": averaging, "seed": seed}
+        history = train_model(model, dataset, progress=progress, **options)
+        results.append((state(model), history["step_loss"]))
+    assert all(same(results[0][0], other) for other, _ in results[1:3])
+    assert results[0][1] == results[1][1] == results[2][1]
+    assert not same(results[0][0], results[3][0])
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_loss_schedule_sees_progress_rise_from_zero_towards_one(progress):
+    # Once it read the counter of a bar, which stays at 0 when the bar is switched off.
+    seen = []
+
+    def schedule(done):
+        seen.append(done)
+        return standard_loss
+
+    options = {"epochs": 3, "batch_size": 16, "progress": progress}
+    train_model(linear(), halves(64), loss_schedule=schedule, **options)
+    assert seen == pytest.approx([k / 12 for k in range(12)])
+
+
+@pytest.mark.parametrize("averaging", [0, 0.5, 0.99])
+def test_average_lies_within_the_path_of_the_weights(averaging):
+    model, path, averages = linear(), [], []
+
+    def loss(network, images, labels):
+        path.append(state(network)["1.weight"])
+        return standard_loss(network, images, labels)
+
+    def watch(averaged):
+        averages.append(state(averaged)["1.weight"])
+        path.append(state(model)["1.weight"])
+        return {}
+
+    options = {"epochs": 2, "batch_size": 32, "loss": loss, "watch": watch, "progress": False}
+    train_model(model, halves(128), averaging=averaging, **options)
+    visited = torch.stack(path)
+    assert torch.equal(averages[-1], path[-1]) == (averaging == 0)
+    assert torch.equal(model[1].weight, averages[-1])
+    assert (averages[-1] >= visited.amin(dim=0) - 1e-6).all()
+    assert (averages[-1] <= visited.amax(dim=0) + 1e-6).all()
+    # The random start is forgotten: the average is nearer to the end than to the beginning.
+    assert (averages[-1] - path[-1]).norm() < (averages[-1] - path[0]).norm()
+
+
+@pytest.mark.parametrize(
+    ("figures", "best"),
+    [
+        ((0.2, 0.9, 0.5), 2),
+        ((0.9, 0.9, 0.1), 1),
+        ((0.1, 0.2, 0.3), 3),
+        ((-3.0, -1.0, -2.0), 2),
+        ((math.nan, 0.1, math.nan), 2),
+        ((0.0, 0.0, 0.0), 1),
+    ],
+)
+def test_select_ends_with_the_weights_of_the_best_epoch(figures, best):
+    states, torch_model = [], linear()
+
+    def watch(averaged):
+        states.append(state(averaged))
+        return {"made_up": figures[len(states) - 1], "other": -figures[len(states) - 1]}
+
+    history = train_model(
+        torch_model, halves(64), epochs=3, watch=watch, select="made_up", progress=False
+    )
+    assert history["best_epoch"] == best
+    assert [same(state(torch_model), other) for other in states] == [
+        epoch == best for epoch in (1, 2, 3)
+    ]
+    assert [row["made_up"] for row in history["epochs"]] == pytest.approx(figures, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_the_training(value):
+    def schedule(done):
+        factor = value if done >= 0.5 else 1.0
+        return lambda *args: (factor * standard_loss(*args)[0], standard_loss(*args)[1])
+
+    with pytest.raises(RuntimeError, match="no longer finite in epoch 2"):
+        train_model(linear(), halves(64), epochs=2, loss_schedule=schedule, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epochs", value) for value in (0, -1, 1.5, True, "3", None)),
+        *(("batch_size", value) for value in (0, -4, 2.0)),
+        *(("shift", value) for value in (-1, 0.5)),
+        *(("learning_rate", value) for value in (0, -0.1, math.nan, math.inf, "0.1")),
+    ],
+)
+def test_arguments_out_of_range_are_named(name, value):
+    model = linear()
+    before = state(model)
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        train_model(model, halves(8), **{"epochs": 1, "progress": False} | {name: value})
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 9])
+def test_random_shift_is_one_of_the_shifts_with_zeros_coming_in(shift):
+    generator = torch.Generator().manual_seed(0)
+    images = 0.1 + 0.9 * torch.rand(400, 1, 6, 7, generator=generator)
+    before = images.clone()
+    moved = random_shift(images, shift, generator)
+    assert torch.equal(images, before)
+    padded = F.pad(images, (shift,) * 4)
+    # No pixel is 0 and no two are alike, so that each shift gives another image.
+    hits = torch.zeros(400)
+    offsets = [(r, c) for r in range(2 * shift + 1) for c in range(2 * shift + 1)]
+    drawn = set()
+    for row, column in offsets:
+        window = padded[:, :, row : row + 6, column : column + 7]
+        equal = (moved == window).flatten(1).all(dim=1)
+        if equal.any() and window.any():
+            drawn.add((row, column))
+        hits += equal
+    assert (hits >= 1).all()
+    if shift <= 2:
+        # 400 draws miss one of 25 shifts with chance 2e-6; the seed is fixed.
+        assert (hits == 1).all()
+        assert drawn == set(offsets)
