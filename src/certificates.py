@@ -33,8 +33,9 @@ def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
         path: file to write.
         rows: dictionaries with the same keys, at least one.
     """
+    columns = list(rows[0])
     with whole_file(path) as temporary:
-        temporary.write_text(_text([list(rows[0]), *(row.values() for row in rows)]))
+        temporary.write_text(_text([columns, *([row[c] for c in columns] for row in rows)]))
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:

@@ -90,11 +90,18 @@ def train_model(
     check_count("batch_size", batch_size)
     check_count("shift", shift, 0)
     check_number("learning_rate", learning_rate, positive=True)
+    check_number("weight_decay", weight_decay)
+    if not 0 <= averaging < 1:
+        raise ValueError(f"'averaging' = {averaging} must be at least 0 and below 1.")
+    if not len(dataset):
+        raise ValueError("'dataset' has no images.")
+    if select and not watch:
+        raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))
     updates = epochs * (len(dataset) // batch_size)
     model.to(device or next(model.parameters()).device)
     update = _updater(model, updates, learning_rate, weight_decay)
-    averaged = copy.deepcopy(model)
+    averaged = copy.deepcopy(model).eval()
     history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
     best_figure, best_state = -math.inf, None
     generator = torch.Generator().manual_seed(seed)
