@@ -83,19 +83,40 @@ class ConvNN(nn.Module):
             features = F.relu(self.hidden(features))
         return self.output(features)
 
-    @torch.no_grad()
     def inference_form(self) -> nn.Module:
-        """A copy for evaluation only, batch normalisation folded into the convolutions.
+        """A copy for evaluation only, the same function up to rounding, twice as fast."""
+        return _FoldedConvNN(self)
 
-        The same function up to rounding; it shares no memory with this network.
-        """
-        # A copy, since the constructor would draw weights from the global generator.
-        folded = copy.deepcopy(self).eval()
-        for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
-            fused = fuse_conv_bn_eval(getattr(folded, conv), getattr(folded, norm))
-            setattr(folded, conv, fused.to(memory_format=torch.channels_last))
-            setattr(folded, norm, nn.Identity())
-        return folded.requires_grad_(False)
+
+class _FoldedConvNN(nn.Module):
+    """A ConvNN in evaluation mode: normalisation folded into the convolutions, no copies made.
+
+    It shares no memory with the network it was made from. `benchmarks/certification.py` shows
+    what it is good for.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: ConvNN):
+        super().__init__()
+        # A copy, since a constructor would draw weights from the global generator.
+        network = copy.deepcopy(network).eval()
+        self.conv1 = fuse_conv_bn_eval(network.conv1, network.norm1)
+        self.conv2 = fuse_conv_bn_eval(network.conv2, network.norm2)
+        self.to(memory_format=torch.channels_last)
+        self.hidden, self.output = network.hidden, network.output
+        first = self.output if self.hidden is None else self.hidden
+        # In the order in which channels-last features lie in memory, so that flattening them
+        # needs no copy.
+        weight = first.weight.unflatten(1, (-1, 7, 7)).permute(0, 2, 3, 1)
+        first.weight = nn.Parameter(weight.flatten(1).contiguous())
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.relu_(self.conv1(images))
+        features = F.relu_(self.conv2(features)).permute(0, 2, 3, 1).flatten(1)
+        if self.hidden is not None:
+            features = F.relu_(self.hidden(features))
+        return self.output(features)
 
 
 class Certificate(NamedTuple):
