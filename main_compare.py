@@ -8,7 +8,13 @@ and figures.
 from pathlib import Path
 
 from src.command_line import count, number, provenance, run, script_parser
-from src.comparison import attack_models, certify_models, load_models, report_comparison
+from src.comparison import (
+    attack_models,
+    certify_models,
+    challenge_models,
+    load_models,
+    report_comparison,
+)
 from src.utils import get_device, load_mnist, seed_everything, subset
 
 
@@ -27,6 +33,14 @@ def main(argv=None):
     parser.add_argument("--alpha", type=number(0, 1), default=0.001, help="failure odds, an image")
     parser.add_argument("--steps", type=count(), default=40, help="of PGD")
     parser.add_argument("--resume", action="store_true", help="go on with interrupted rows")
+    parser.add_argument(
+        "--challenge",
+        type=count(0),
+        nargs="?",
+        const=50,
+        default=0,
+        help="attack so many certificates of each model (50 if no number is given)",
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.every, args.n, args.steps = 1000, 500, 4
@@ -60,6 +74,10 @@ def main(argv=None):
         results=args.results,
         figures=args.figures,
     )
+    if args.challenge:
+        challenge_models(
+            models, test, certificates, sigma=sigma, images=args.challenge, seed=args.seed
+        )
     print(f"\nFigures in {args.figures}/, rows in {args.results}/")
 
 

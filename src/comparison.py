@@ -6,6 +6,7 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 from src.certificates import record_certificates, write_rows
+from src.challenge import broken_allowed, challenge_certificates
 from src.checkpoints import load_checkpoint
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import (
@@ -93,6 +94,35 @@ def certify_models(
             resume=resume,
         )
     return rows
+
+
+def challenge_models(
+    models: Mapping[str, ConvNN],
+    test: TensorDataset,
+    certificates: Mapping[str, Sequence[Mapping]],
+    *,
+    sigma: float,
+    images: int,
+    seed: int,
+) -> None:
+    """Attack the smoothed models inside certified balls and print what became of them.
+
+    Raises:
+        RuntimeError: if more certificates were broken than their failure odds explain.
+    """
+    excessive = []
+    for name, rows in certificates.items():
+        smooth = SmoothClassifier(models[name], sigma)
+        broken, tried = challenge_certificates(smooth, test, rows, images=images, seed=seed)
+        allowed = broken_allowed(tried, float(rows[0]["alpha"]))
+        print(f"{name}: {broken} of {tried} certificates broken by attack, {allowed} allowed")
+        if broken > allowed:
+            excessive.append(name)
+    if excessive:
+        raise RuntimeError(
+            f"More certificates of {', '.join(excessive)} were broken than alpha allows; "
+            "something is wrong with the certificates."
+        )
 
 
 def attack_comparison(tables: Mapping[str, Sequence[Mapping]]) -> str:
