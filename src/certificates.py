@@ -134,13 +134,13 @@ def check_rows(rows: Sequence[Mapping[str, str]], text: str) -> list[str]:
     would be written as.
     """
     problems = []
-    if _text([COLUMNS, *(row.values() for row in rows)]) != text:
-        problems.append("it is not a table of the expected columns")
     for number, row in enumerate(rows, start=2):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if _is_consistent(row):
                 continue
         problems.append(f"line {number} contradicts itself")
+    if _text([COLUMNS, *(row.values() for row in rows)]) != text:
+        problems.append("it is not a table of the expected columns as they are written")
     return problems
 
 

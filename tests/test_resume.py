@@ -1,0 +1,186 @@
+"""Certificates on disk when runs are killed, restarted, altered or doubled."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from src.certificates import COLUMNS, record_certificates, verify
+from src.certification import certified_radius, lower_confidence_bound
+
+ROOT = Path(__file__).resolve().parent.parent
+INDICES = list(range(0, 400, 4))
+SETTINGS = {"n0": 100, "n": 1000, "alpha": 0.001, "sigma": 0.5, "seed": 0}
+
+
+def certify(left, delay=0.0):
+    """Rows that depend on the index only, as the real ones do."""
+    for index in left:
+        time.sleep(delay)
+        count = 400 + 6 * (index % 101)
+        p_lower = float(lower_confidence_bound(count, 1000, 0.001))
+        label, prediction = index % 10, index % 10 if p_lower > 0.5 else -1
+        facts = {
+            "index": index,
+            "label": label,
+            "prediction": prediction,
+            "correct": int(label == prediction),
+            "radius": float(certified_radius(p_lower, 0.5)),
+            "p_lower": p_lower,
+            "top_count": count,
+        }
+        yield facts | SETTINGS
+
+
+def record(path, **options):
+    return record_certificates(path, INDICES, certify, SETTINGS, {"command": "test"}, **options)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    record(tmp_path / "rows.csv")
+    return tmp_path / "rows.csv"
+
+
+def started(path, *options):
+    """A process that records slowly: it can be killed half-way."""
+    code = (
+        "import functools, sys; from tests.test_resume import *;"
+        "certify = functools.partial(certify, delay=0.01);"
+        f"record_certificates({str(path)!r}, INDICES, certify, SETTINGS, {{'command': 'test'}},"
+        f" resume={'--resume' in options})"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_runs_end_in_the_same_bytes(kill, finished, tmp_path):
+    path = tmp_path / "killed.csv"
+    rng = random.Random(kill)
+    process = started(path)
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0.05, 0.6))
+    process.send_signal(kill)
+    assert process.wait(30) != 0
+    lines = path.read_text().count("\n") - 1
+    assert 0 <= lines < len(INDICES)
+    record(path, resume=True)
+    assert path.read_bytes() == finished.read_bytes()
+    assert verify(path) == []
+
+
+@pytest.mark.parametrize("cut", [1, 7, 60, 200])
+def test_torn_end_is_dropped(cut, finished):
+    whole = finished.read_bytes()
+    finished.write_bytes(whole[:-cut])
+    record(finished, resume=True)
+    assert finished.read_bytes() == whole
+
+
+def test_torn_middle_stops(finished):
+    lines = finished.read_text().splitlines(keepends=True)
+    lines[40] = lines[40][: len(lines[40]) // 2] + "\n"
+    damaged = "".join(lines)
+    finished.write_text(damaged)
+    with pytest.raises(ValueError, match=r"damaged .*: line 41"):
+        record(finished, resume=True)
+    assert finished.read_text() == damaged
+
+
+@pytest.mark.parametrize("key", ["sigma", "n", "alpha", "seed"])
+def test_resuming_another_run_is_refused_and_named(key, finished):
+    before = finished.read_bytes()
+    other = SETTINGS | {key: 7}
+    with pytest.raises(ValueError, match=f"{key} was .*, is 7"):
+        record_certificates(finished, INDICES, certify, other, {}, resume=True)
+    with pytest.raises(ValueError, match="indices was"):
+        record_certificates(finished, INDICES[1:], certify, SETTINGS, {}, resume=True)
+    assert finished.read_bytes() == before
+
+
+def test_resuming_a_finished_run_certifies_nothing_again(finished):
+    before = finished.read_bytes()
+    record_certificates(finished, INDICES, lambda left: 1 / 0, SETTINGS, {}, resume=True)
+    assert finished.read_bytes() == before
+
+
+def test_new_run_keeps_other_rows_and_drops_equal_ones(finished, capsys):
+    before = finished.read_bytes()
+    record(finished)
+    assert sorted(p.name for p in finished.parent.iterdir()) == ["rows.csv", "rows.json"]
+    finished.write_bytes(before[:-300])
+    record(finished)
+    kept = finished.with_name("rows.previous-1.csv")
+    assert kept.read_bytes() == before[:-300]
+    assert str(kept) in capsys.readouterr().out
+    assert finished.read_bytes() == before
+
+
+def test_two_processes_cannot_write_one_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    process = started(path)
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(OSError, match="Another process is writing"):
+            record(path)
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def test_full_disk_leaves_rows_that_can_be_resumed(finished, tmp_path):
+    # A limit on the size of files stands in for a full disk.
+    path = tmp_path / "full.csv"
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
+        f"from tests.test_resume import *; from pathlib import Path; record(Path({str(path)!r}))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode != 0
+    assert "File too large" in ended.stderr
+    assert 0 < path.stat().st_size <= 3000
+    record(path, resume=True)
+    assert path.read_bytes() == finished.read_bytes()
+
+
+def test_every_changed_character_is_found(finished):
+    # 400 positions at random in both files; a digit becomes another, anything else a digit.
+    rng = random.Random(0)
+    for path in (finished, finished.with_suffix(".json")):
+        whole = path.read_text()
+        for position in rng.sample(range(len(whole)), 200):
+            other = "7" if whole[position] != "7" else "3"
+            path.write_text(whole[:position] + other + whole[position + 1 :])
+            try:
+                found = verify(finished)
+            except ValueError as error:
+                found = [str(error)]
+            assert found, f"{path.name}, character {position}: {whole[position]} -> {other}"
+        path.write_text(whole)
+    assert verify(finished) == []
+
+
+def test_unfinished_run_does_not_verify(finished):
+    twin = finished.with_suffix(".json")
+    assert json.loads(twin.read_text())["finished"] is True
+    lines = finished.read_text().splitlines(keepends=True)
+    finished.write_text("".join(lines[:-1]))
+    assert verify(finished) == ["the rows do not match the digest in the twin"]
+
+
+def test_columns_are_the_contract():
+    assert ",".join(COLUMNS) == (
+        "index,label,prediction,correct,radius,p_lower,top_count,n0,n,alpha,sigma,seed"
+    )
