@@ -17,7 +17,7 @@ from src.plotting import (
 )
 from src.redraw import certificate_settings
 from src.robustness import attack_table, epsilon_curves
-from src.tables import certificate_lines, format_table, percent
+from src.tables import certificate_lines, format_table, percent, population_lines
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import subset
 
@@ -150,6 +150,7 @@ def report_comparison(
     print("\n" + attack_comparison(tables))
     radii = [step * sigma / 2 for step in range(7)]
     print("\n" + certificate_lines(certificates, radii))
+    print("\n" + population_lines(certificates, radii[2::2]))
     rows = [
         {"part": "table", "model": name, **row} for name, rows in tables.items() for row in rows
     ]

@@ -4,7 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from src.intervals import accuracy_interval, average_certified_radius, certified_accuracy
+from src.intervals import (
+    accuracy_interval,
+    average_certified_radius,
+    certified_accuracy,
+    population_certified_accuracy_interval,
+    possibly_certified,
+)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -90,3 +96,37 @@ def certificate_lines(
         ("mean p_lower", *(f"{s['mean_p_lower']:.4f}" for s in summaries)),
     ]
     return format_table(("certificates [95 % interval]", *rows_by_model), lines)
+
+
+def population_lines(rows_by_model: Mapping[str, Sequence[Mapping]], radii: Sequence[float]) -> str:
+    """Intervals for the population's certified accuracy, a column a model.
+
+    Unlike those of `certificate_lines` they cover, at 95 %, the failure of certificates as well
+    as the sampling of images; see `population_certified_accuracy_interval`.
+    """
+    lines = []
+    for at in radii:
+        cells = [_population_interval(rows, at) for rows in rows_by_model.values()]
+        lines.append((f"% of the population, r = {at:g}", *cells))
+    return format_table(("95 % over images and noise", *rows_by_model), lines)
+
+
+def _population_interval(rows: Sequence[Mapping], at: float) -> str:
+    def column(name: str, kind: type) -> np.ndarray:
+        return np.array([kind(row[name]) for row in rows])
+
+    alpha, sigma = float(rows[0]["alpha"]), float(rows[0]["sigma"])
+    hits = (column("correct", int) == 1) & (column("radius", float) >= at)
+    possible = possibly_certified(
+        column("top_count", int),
+        column("n", int),
+        column("prediction", int),
+        column("label", int),
+        at,
+        sigma,
+        alpha,
+    )
+    low, high = population_certified_accuracy_interval(
+        int(hits.sum()), len(rows), alpha, possible=int((possible | hits).sum())
+    )
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"

@@ -7,7 +7,15 @@ import pytest
 from scipy.stats import binom
 
 from src.certificates import read_rows, write_rows
-from src.tables import attack_lines, certificate_lines, format_table, percent, summarise
+from src.intervals import accuracy_interval
+from src.tables import (
+    attack_lines,
+    certificate_lines,
+    format_table,
+    percent,
+    population_lines,
+    summarise,
+)
 
 
 def row(radius, correct, prediction=3, p_lower=0.9):
@@ -124,3 +132,19 @@ def test_attack_table_names_the_ball():
     lines = attack_lines(rows).split("\n")
     assert lines[2].split() == ["clean", "100.0", "[90.0,", "100.0]"]
     assert lines[3].split() == ["linf", "0.1", "PGD-40", "50.0", "[0.0,", "100.0]"]
+
+
+def test_population_interval_is_wider_than_sampling_alone():
+    # 90 of 100 images certified, 5 more not settled: alpha shifts both ends outwards.
+    rows = [
+        {"label": 3, "prediction": 3, "correct": 1, "radius": 0.6, "top_count": 990, "n": 1000}
+        | {"alpha": 0.01, "sigma": 0.5}
+        for _ in range(90)
+    ]
+    rows += [row | {"radius": 0.49, "top_count": 870} for row in rows[:5]]
+    rows += [row | {"prediction": 4, "correct": 0} for row in rows[:5]]
+    line = population_lines({"model": rows}, [0.5]).splitlines()[-1]
+    low, high = (float(end) for end in line.split("[")[1].rstrip("]").split(", "))
+    sampling = accuracy_interval(90, 100)[0], accuracy_interval(95, 100)[1]
+    assert low == pytest.approx(100 * (sampling[0] - 0.01) / 0.99, abs=0.06)
+    assert high == pytest.approx(min(100 * sampling[1] / 0.99, 100), abs=0.06)
