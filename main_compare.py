@@ -7,7 +7,7 @@ and figures.
 
 from pathlib import Path
 
-from src.command_line import count, number, provenance, run, script_parser
+from src.command_line import count, number, provenance, run, script_parser, share
 from src.comparison import (
     attack_models,
     certify_models,
@@ -41,6 +41,9 @@ def main(argv=None):
         default=0,
         help="attack so many certificates of each model (50 if no number is given)",
     )
+    parser.add_argument(
+        "--shard", type=share, help="k/n: certify the k-th of n parts of the images, then stop"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.every, args.n, args.steps = 1000, 500, 4
@@ -48,13 +51,14 @@ def main(argv=None):
     seed_everything(args.seed)
     test = load_mnist("test", args.data)
     indices = range(0, len(test), args.every)
+    part, parts = args.shard or (1, 1)
     models = load_models(args.models, device)
     sigma = args.sigma or models["smoothed"].facts["sigma"]
 
     certificates = certify_models(
         models,
         test,
-        indices,
+        indices[part - 1 :: parts],
         sigma=sigma,
         n0=args.n0,
         n=args.n,
@@ -63,7 +67,10 @@ def main(argv=None):
         results=args.results,
         facts=provenance(Path(__file__).stem, args, argv),
         resume=args.resume,
+        suffix=f".shard-{part}-of-{parts}" if args.shard else "",
     )
+    if args.shard:
+        return
     tables, curves = attack_models(models, subset(test, indices), steps=args.steps)
     report_comparison(
         tables,

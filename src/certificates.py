@@ -4,6 +4,10 @@ A file of certificates, X.csv, grows by one line an image. Its twin, X.json, hol
 and, once it is finished, digests of the rows and of itself. Check both with
 
     python -m src.certificates verify X.csv [--redraw K --checkpoint MODEL.pt]
+
+and put the shards of a run on several machines together with
+
+    python -m src.certificates merge X.csv X.shard-*.csv
 """
 
 import argparse
@@ -82,21 +86,21 @@ def record_certificates(
     path = Path(path)
     twin = path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps({**settings, "indices": _digest(repr(list(indices)))}))
+    settings = json.loads(json.dumps({**settings, "indices": indices_digest(indices)}))
     with lock_file(path):
         done = _finished_rows(path, twin, indices, settings) if resume else 0
         if not done:
-            _set_aside(path)
-            _write_twin(twin, {"settings": settings, "facts": dict(facts), "finished": False})
+            set_aside(path)
+            write_twin(twin, {"settings": settings, "facts": dict(facts), "finished": False})
             path.write_text(_text([COLUMNS]))
         with path.open("a", newline="") as stream:
             for row in certify(indices[done:]) if done < len(indices) else ():
                 stream.write(_text([[row[column] for column in COLUMNS]]))
                 stream.flush()
             os.fsync(stream.fileno())
-        content = _read_twin(twin) | {"finished": True, "rows_sha256": _digest(path.read_text())}
-        _write_twin(twin, content)
-        _drop_equal_copies(path)
+        content = read_twin(twin) | {"finished": True, "rows_sha256": text_digest(path.read_text())}
+        write_twin(twin, content)
+        drop_equal_copies(path)
     return read_rows(path)
 
 
@@ -106,7 +110,7 @@ def _finished_rows(path: Path, twin: Path, indices: Sequence[int], settings: Map
         return 0
     if not twin.exists():
         raise ValueError(f"{path} cannot be resumed: its twin {twin} is missing.")
-    made = _read_twin(twin)["settings"]
+    made = read_twin(twin)["settings"]
     different = sorted(k for k in made.keys() | settings.keys() if made.get(k) != settings.get(k))
     if different:
         was = ", ".join(f"{key} was {made.get(key)}, is {settings.get(key)}" for key in different)
@@ -168,13 +172,13 @@ def verify(path: str | os.PathLike) -> list[str]:
         ValueError: if the twin is not JSON or was changed.
     """
     path = Path(path)
-    content = _read_twin(path.with_suffix(".json"))
+    content = read_twin(path.with_suffix(".json"))
     text = path.read_text()
     rows = list(csv.DictReader(io.StringIO(text)))
     problems = check_rows(rows, text)
     if not content["finished"]:
         problems.append("the run is not finished")
-    elif content["rows_sha256"] != _digest(text):
+    elif content["rows_sha256"] != text_digest(text):
         problems.append("the rows do not match the digest in the twin")
     for key in ("n0", "n", "alpha", "sigma", "seed"):
         values = {row.get(key) for row in rows}
@@ -190,19 +194,25 @@ def _text(lines: Iterable[Iterable]) -> str:
     return stream.getvalue()
 
 
-def _digest(text: str) -> str:
+def indices_digest(indices: Iterable[int]) -> str:
+    """SHA-256 of the numbers of the images in their order."""
+    return text_digest(repr([int(index) for index in indices]))
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write_twin(twin: Path, content: dict) -> None:
+def write_twin(twin: Path, content: dict) -> None:
     """Write the twin with a digest over all of its other entries."""
     content.pop("sha256", None)
-    content["sha256"] = _digest(json.dumps(content, sort_keys=True))
+    content["sha256"] = text_digest(json.dumps(content, sort_keys=True))
     with whole_file(twin) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def _read_twin(twin: Path) -> dict:
+def read_twin(twin: Path) -> dict:
     """The content of a twin; ValueError if it was changed."""
     text = twin.read_text()
     try:
@@ -211,12 +221,12 @@ def _read_twin(twin: Path) -> dict:
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{twin} is not the twin of a file of certificates.") from None
     unchanged = json.dumps(content | {"sha256": digest}, indent=1, sort_keys=True) + "\n" == text
-    if digest != _digest(json.dumps(content, sort_keys=True)) or not unchanged:
+    if digest != text_digest(json.dumps(content, sort_keys=True)) or not unchanged:
         raise ValueError(f"{twin} was changed: it does not match its own digest.")
     return content
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
     """Rename earlier rows and their twin to the first free X.previous-K, and say so."""
     if not path.exists():
         return
@@ -230,7 +240,7 @@ def _set_aside(path: Path) -> None:
     print(f"Earlier rows are kept as {kept}")
 
 
-def _drop_equal_copies(path: Path) -> None:
+def drop_equal_copies(path: Path) -> None:
     """Delete rows set aside that are the same as the new ones: the same command ran again."""
     for kept in path.parent.glob(f"{path.stem}.previous-*.csv"):
         if kept.read_bytes() == path.read_bytes():
@@ -239,15 +249,24 @@ def _drop_equal_copies(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `python -m src.certificates verify`; exits with 1 if anything is wrong."""
+    """The commands `verify` and `merge`; exits with 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m src.certificates", allow_abbrev=False)
-    verb = parser.add_subparsers(required=True).add_parser("verify", allow_abbrev=False)
-    verb.add_argument("path", help="a file of certificates, .csv")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("verify", allow_abbrev=False, help="check a file of certificates")
+    verb.add_argument("path", help="the file, .csv")
     verb.add_argument("--redraw", type=int, default=0, help="certify so many random rows again")
     verb.add_argument("--checkpoint", help="the model behind the rows, for --redraw")
     verb.add_argument("--data", default="data", help="folder of MNIST, for --redraw")
+    verb = verbs.add_parser("merge", allow_abbrev=False, help="put shards together")
+    verb.add_argument("path", help="the file to write, .csv")
+    verb.add_argument("shards", nargs="+", help="the shards, .csv")
     args = parser.parse_args(argv)
     try:
+        if args.verb == "merge":
+            from src.shards import merge
+
+            print(f"{args.path}: {merge(args.path, args.shards)} rows, each image once")
+            return
         problems = verify(args.path)
         if args.redraw:
             # Not at the top: everything else here works without torch.

@@ -79,6 +79,14 @@ def number(low: float = 0.0, high: float = float("inf")) -> Callable[[str], floa
     return parse
 
 
+def share(text: str) -> tuple[int, int]:
+    """Type of an option: "k/n" as (k, n), 1 <= k <= n."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form k/n with 1 <= k <= n")
+    return int(part), int(parts)
+
+
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Call a script's `main`; an expected error becomes one sentence and exit status 1."""
     try:

@@ -74,11 +74,12 @@ def certify_models(
     results: str | Path,
     facts: Mapping,
     resume: bool,
+    suffix: str = "",
 ) -> dict[str, list[dict]]:
     """Certify each model, smoothed with the same noise, on the same images; see `certify`.
 
-    Rows go to results/certificates_<model>.csv as they are finished, `resume` takes up those of
-    an interrupted run; see `record_certificates`. Returns {model: rows}.
+    Rows go to results/certificates_<model><suffix>.csv as they are finished, `resume` takes up
+    those of an interrupted run; see `record_certificates`. Returns {model: rows}.
     """
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
     rows = {}
@@ -86,7 +87,7 @@ def certify_models(
         print(f"Certifying the {name} model at sigma = {sigma:g}, n = {n:,}, alpha = {alpha:g}")
         smooth = SmoothClassifier(model, sigma)
         rows[name] = record_certificates(
-            Path(results) / f"certificates_{name}.csv",
+            Path(results) / f"certificates_{name}{suffix}.csv",
             indices,
             lambda left, smooth=smooth: evaluate_robustness(smooth, test, **settings, indices=left),
             certificate_settings(model, test, sigma=sigma, **settings),

@@ -12,6 +12,7 @@ import pytest
 
 from src.certificates import COLUMNS, record_certificates, verify
 from src.certification import certified_radius, lower_confidence_bound
+from src.shards import merge
 
 ROOT = Path(__file__).resolve().parent.parent
 INDICES = list(range(0, 400, 4))
@@ -178,6 +179,23 @@ def test_unfinished_run_does_not_verify(finished):
     lines = finished.read_text().splitlines(keepends=True)
     finished.write_text("".join(lines[:-1]))
     assert verify(finished) == ["the rows do not match the digest in the twin"]
+
+
+def test_merged_shards_are_what_one_process_writes(finished, tmp_path):
+    shards = [tmp_path / f"rows.shard-{k}-of-3.csv" for k in (1, 2, 3)]
+    for k, shard in enumerate(shards):
+        record_certificates(shard, INDICES[k::3], certify, SETTINGS, {"shard": k})
+    merged = tmp_path / "merged.csv"
+    assert merge(merged, shards[::-1]) == len(INDICES)
+    assert merged.read_bytes() == finished.read_bytes()
+    # The script goes on from a merged file as from its own finished one.
+    record_certificates(merged, INDICES, lambda left: 1 / 0, SETTINGS, {}, resume=True)
+    with pytest.raises(ValueError, match="is in two of them"):
+        merge(merged, [*shards, shards[0]])
+    record_certificates(shards[1], INDICES[1::3], certify, SETTINGS | {"precision": "x"}, {})
+    with pytest.raises(ValueError, match="another run"):
+        merge(merged, shards)
+    assert merged.read_bytes() == finished.read_bytes()
 
 
 def test_columns_are_the_contract():

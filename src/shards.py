@@ -1,0 +1,64 @@
+"""Certificates made in parts, on several machines, put together."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from src.certificates import (
+    drop_equal_copies,
+    indices_digest,
+    read_rows,
+    read_twin,
+    set_aside,
+    text_digest,
+    verify,
+    write_rows,
+    write_twin,
+)
+from src.files import lock_file
+
+
+def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
+    """Put finished shards of one run together, as one process would have written them.
+
+    Args:
+        path: the file to write, with its twin.
+        shards: files of certificates of different images, all else the same.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        OSError: if a file is missing.
+        ValueError: if a shard is damaged or of another run, or an index appears twice.
+    """
+    path = Path(path)
+    twins, rows = [], []
+    for shard in map(Path, shards):
+        if problems := verify(shard):
+            raise ValueError(f"{shard} cannot be merged: {problems[0]}.")
+        twins.append(read_twin(shard.with_suffix(".json")))
+        if _shared(twins[-1]) != _shared(twins[0]):
+            raise ValueError(f"{shard} cannot be merged: it is of another run than {shards[0]}.")
+        rows += read_rows(shard)
+    rows.sort(key=lambda row: int(row["index"]))
+    indices = [int(row["index"]) for row in rows]
+    twice = sorted({a for a, b in itertools.pairwise(indices) if a == b})
+    if twice:
+        raise ValueError(f"The shards cannot be merged: image {twice[0]} is in two of them.")
+    with lock_file(path):
+        set_aside(path)
+        write_rows(path, rows)
+        content = {"settings": _shared(twins[0]) | {"indices": indices_digest(indices)}}
+        content |= {"facts": [twin["facts"] for twin in twins], "finished": True}
+        write_twin(
+            path.with_suffix(".json"), content | {"rows_sha256": text_digest(path.read_text())}
+        )
+        drop_equal_copies(path)
+    return len(rows)
+
+
+def _shared(twin: Mapping) -> dict:
+    """The settings that the shards of one run have in common."""
+    return {key: value for key, value in twin["settings"].items() if key != "indices"}
