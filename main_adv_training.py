@@ -14,12 +14,12 @@ from src.adversarial import (
     training_attack,
 )
 from src.checkpoints import save_checkpoint
-from src.command_line import count, number, provenance, run, script_parser, training_options
+from src.command_line import count, number, parse, provenance, run, script_parser, training_options
 from src.models import ConvNN
 from src.plotting import plot_held_out_robustness, plot_training
-from src.reports import report_attacks, spread
+from src.reports import report_attacks
 from src.training_and_evaluation import accuracy, train_model
-from src.utils import get_device, load_training_data, seed_everything
+from src.utils import get_device, load_training_data, seed_everything, spread
 
 NAME, TITLE = "adversarial_training", "Adversarial training"
 
@@ -33,7 +33,7 @@ def main(argv=None):
         "--attack", choices=("gradient", "pgd"), default="gradient", help="used in training"
     )
     parser.add_argument("--steps", type=count(), default=7, help="of PGD in training")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
@@ -48,7 +48,7 @@ def main(argv=None):
     history = train_model(
         model,
         train,
-        epochs=1 if args.quick else args.epochs,
+        epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=args.seed,

@@ -7,13 +7,14 @@ and figures.
 
 from pathlib import Path
 
-from src.command_line import count, number, provenance, run, script_parser, share
+from src.command_line import count, number, parse, provenance, run, script_parser, share
 from src.comparison import (
     attack_models,
     certify_models,
     challenge_models,
     load_models,
     report_comparison,
+    smoothing_sigma,
 )
 from src.utils import get_device, load_mnist, seed_everything, subset
 
@@ -44,7 +45,7 @@ def main(argv=None):
     parser.add_argument(
         "--shard", type=share, help="k/n: certify the k-th of n parts of the images, then stop"
     )
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.quick:
         args.every, args.n, args.steps = 1000, 500, 4
     device = get_device(args.device)
@@ -53,7 +54,8 @@ def main(argv=None):
     indices = range(0, len(test), args.every)
     part, parts = args.shard or (1, 1)
     models = load_models(args.models, device)
-    sigma = args.sigma or models["smoothed"].facts["sigma"]
+    sigma = args.sigma or smoothing_sigma(models["smoothed"])
+    facts = provenance(Path(__file__).stem, args, argv)
 
     certificates = certify_models(
         models,
@@ -65,7 +67,7 @@ def main(argv=None):
         alpha=args.alpha,
         seed=args.seed,
         results=args.results,
-        facts=provenance(Path(__file__).stem, args, argv),
+        facts=facts,
         resume=args.resume,
         suffix=f".shard-{part}-of-{parts}" if args.shard else "",
     )
@@ -78,6 +80,7 @@ def main(argv=None):
         certificates,
         test,
         sigma=sigma,
+        facts=facts,
         results=args.results,
         figures=args.figures,
     )
@@ -89,4 +92,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="Finished rows are kept; go on with --resume.")

@@ -8,7 +8,7 @@ figures.
 from pathlib import Path
 
 from src.checkpoints import save_checkpoint
-from src.command_line import number, provenance, run, script_parser, training_options
+from src.command_line import number, parse, provenance, run, script_parser, training_options
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import plot_training
 from src.reports import report_smoothing
@@ -24,7 +24,7 @@ def main(argv=None):
     parser.add_argument(
         "--sigma", type=number(), default=0.5, help="standard deviation of the noise, pixel units"
     )
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
@@ -39,7 +39,7 @@ def main(argv=None):
         smooth,
         train,
         loss=standard_loss,
-        epochs=1 if args.quick else args.epochs,
+        epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=args.seed,

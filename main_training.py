@@ -6,7 +6,7 @@ Writes models/standard_training.pt, results/standard_training_attacks.csv and fi
 from pathlib import Path
 
 from src.checkpoints import save_checkpoint
-from src.command_line import provenance, run, script_parser, training_options
+from src.command_line import parse, provenance, run, script_parser, training_options
 from src.models import ConvNN
 from src.plotting import plot_training
 from src.reports import report_attacks
@@ -19,7 +19,7 @@ NAME, TITLE = "standard_training", "Standard training"
 def main(argv=None):
     parser = script_parser(__doc__)
     training_options(parser, epochs=12)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
@@ -29,7 +29,7 @@ def main(argv=None):
     history = train_model(
         model,
         train,
-        epochs=1 if args.quick else args.epochs,
+        epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=args.seed,

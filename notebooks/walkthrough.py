@@ -20,6 +20,7 @@ from src.attacks import gradient_attack, pgd_attack
 from src.certification import certified_radius, lower_confidence_bound, maximum_radius
 from src.checkpoints import load_checkpoint
 from src.models import SmoothClassifier
+from src.tables import round_down
 from src.training_and_evaluation import accuracy
 from src.utils import load_mnist, subset
 
@@ -100,7 +101,7 @@ show(noisy, base, "figures/walkthrough_noise.png")
 
 smooth = SmoothClassifier(base, sigma)
 certificate = smooth.certify(images[0], n0=100, n=10_000, alpha=0.001)
-print(f"class {certificate.prediction}, l2 radius {certificate.radius:.4f}")
+print(f"class {certificate.prediction}, l2 radius {round_down(certificate.radius, 4)}")
 
 # %% [markdown]
 # The same by hand: the votes give a lower bound on the probability, the bound gives the radius.
@@ -109,5 +110,5 @@ print(f"class {certificate.prediction}, l2 radius {certificate.radius:.4f}")
 # %%
 p_lower = lower_confidence_bound(int(certificate.top_count), 10_000, alpha=0.001)
 print(f"{certificate.top_count} of 10,000 votes, p_A >= {p_lower:.6f}")
-print(f"sigma * Phi^-1(p_A) = {certified_radius(p_lower, sigma):.4f}")
-print(f"10,000 votes can certify at most {maximum_radius(sigma, 10_000, 0.001):.4f}")
+print(f"sigma * Phi^-1(p_A) = {round_down(certified_radius(p_lower, sigma), 4)}")
+print(f"10,000 votes can certify at most {round_down(maximum_radius(sigma, 10_000, 0.001), 4)}")

@@ -39,7 +39,8 @@ def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
     """
     columns = list(rows[0])
     with whole_file(path) as temporary:
-        temporary.write_text(_text([columns, *([row[c] for c in columns] for row in rows)]))
+        text = _text([columns, *([row[c] for c in columns] for row in rows)])
+        temporary.write_bytes(text.encode())
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
@@ -89,16 +90,21 @@ def record_certificates(
     settings = json.loads(json.dumps({**settings, "indices": indices_digest(indices)}))
     with lock_file(path):
         done = _finished_rows(path, twin, indices, settings) if resume else 0
+        # Before anything on disk changes, so that bad arguments are refused in time.
+        rows = certify(indices[done:]) if done < len(indices) else ()
         if not done:
             set_aside(path)
             write_twin(twin, {"settings": settings, "facts": dict(facts), "finished": False})
-            path.write_text(_text([COLUMNS]))
+            path.write_bytes(_text([COLUMNS]).encode())
         with path.open("a", newline="") as stream:
-            for row in certify(indices[done:]) if done < len(indices) else ():
+            for row in rows:
                 stream.write(_text([[row[column] for column in COLUMNS]]))
                 stream.flush()
             os.fsync(stream.fileno())
-        content = read_twin(twin) | {"finished": True, "rows_sha256": text_digest(path.read_text())}
+        content = read_twin(twin) | {
+            "finished": True,
+            "rows_sha256": text_digest(read_exactly(path)),
+        }
         write_twin(twin, content)
         drop_equal_copies(path)
     return read_rows(path)
@@ -115,15 +121,17 @@ def _finished_rows(path: Path, twin: Path, indices: Sequence[int], settings: Map
     if different:
         was = ", ".join(f"{key} was {made.get(key)}, is {settings.get(key)}" for key in different)
         raise ValueError(f"{path} cannot be resumed, since this run differs: {was}.")
-    text = path.read_text()
+    text = read_exactly(path)
     whole, torn = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
-    rows = list(csv.DictReader(io.StringIO(whole)))
+    rows = list(csv.DictReader(io.StringIO(whole, newline="")))
     problems = check_rows(rows, whole)
     problems += [
         f"line {number + 2}: index {row['index']} where {index} is expected"
         for number, (row, index) in enumerate(zip(rows, indices, strict=False))
         if row["index"] != str(index)
     ]
+    if not whole:
+        return 0
     if problems or len(rows) > len(indices):
         raise ValueError(f"{path} is damaged and cannot be resumed: {(problems or ['rows'])[0]}.")
     if torn:
@@ -173,8 +181,8 @@ def verify(path: str | os.PathLike) -> list[str]:
     """
     path = Path(path)
     content = read_twin(path.with_suffix(".json"))
-    text = path.read_text()
-    rows = list(csv.DictReader(io.StringIO(text)))
+    text = read_exactly(path)
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     problems = check_rows(rows, text)
     if not content["finished"]:
         problems.append("the run is not finished")
@@ -199,6 +207,14 @@ def indices_digest(indices: Iterable[int]) -> str:
     return text_digest(repr([int(index) for index in indices]))
 
 
+def read_exactly(path: Path) -> str:
+    """The text of a file without any translation of line ends; ValueError if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged: it is not text.") from None
+
+
 def text_digest(text: str) -> str:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -209,12 +225,12 @@ def write_twin(twin: Path, content: dict) -> None:
     content.pop("sha256", None)
     content["sha256"] = text_digest(json.dumps(content, sort_keys=True))
     with whole_file(twin) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        temporary.write_bytes((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_twin(twin: Path) -> dict:
     """The content of a twin; ValueError if it was changed."""
-    text = twin.read_text()
+    text = read_exactly(twin)
     try:
         content = json.loads(text)
         digest = content.pop("sha256")
@@ -227,8 +243,8 @@ def read_twin(twin: Path) -> dict:
 
 
 def set_aside(path: Path) -> None:
-    """Rename earlier rows and their twin to the first free X.previous-K, and say so."""
-    if not path.exists():
+    """Rename earlier rows, if any, and their twin to the first free X.previous-K, and say so."""
+    if not path.exists() or path.read_bytes().count(b"\n") < 2:
         return
     number = 1
     while (kept := path.with_name(f"{path.stem}.previous-{number}.csv")).exists():

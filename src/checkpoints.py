@@ -97,6 +97,8 @@ def _read(path: Path) -> dict:
     """The content of a checkpoint file, its structure checked."""
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a checkpoint.")
     stored = io.BytesIO(path.read_bytes())
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -113,6 +115,8 @@ def _read(path: Path) -> dict:
     for key, kind in expected.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{path} is damaged: its entry '{key}' is missing or malformed.")
+    if content.keys() != {"format", *expected}:
+        raise ValueError(f"{path} is damaged: it has entries that do not belong there.")
     if not all(isinstance(tensor, Tensor) for tensor in content["weights"].values()):
         raise ValueError(f"{path} is damaged: its weights are not all tensors.")
     return content

@@ -1,7 +1,7 @@
 """What the four scripts share on the command line."""
 
 import argparse
-import json
+import math
 import os
 import platform
 import subprocess
@@ -12,8 +12,31 @@ from pathlib import Path
 
 import torch
 
-from src.files import whole_file
+from src.files import check_writable
 from src.utils import get_device
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that say nothing: None, and that a switch is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, once the folders they name are known to take files.
+
+    Raises:
+        OSError: if one does not; better before the training than after it.
+    """
+    args = parser.parse_args(argv)
+    if args.quick and hasattr(args, "epochs"):
+        args.epochs = 1
+    for folder in (args.models, args.figures, args.results):
+        check_writable(folder)
+    return args
 
 
 def script_parser(description: str) -> argparse.ArgumentParser:
@@ -21,7 +44,7 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     parser.add_argument("--seed", type=count(0), default=0, help="of everything that is random")
@@ -73,7 +96,8 @@ def number(low: float = 0.0, high: float = float("inf")) -> Callable[[str], floa
         except ValueError:
             value = float("nan")
         if not low < value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}")
+            bounds = f"above {low:g}" + (f" and below {high:g}" if math.isfinite(high) else "")
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
         return value
 
     return parse
@@ -87,8 +111,11 @@ def share(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Call a script's `main`; an expected error becomes one sentence and exit status 1."""
+def run(main: Callable[[], None], *, interrupted: str = "") -> None:
+    """Call a script's `main`; an expected error becomes one sentence and exit status 1.
+
+    `interrupted` is what to say after Ctrl-C, which gives exit status 130.
+    """
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:
@@ -96,13 +123,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print(f"\nInterrupted. {interrupted}".rstrip(), file=sys.stderr)
         sys.exit(130)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:

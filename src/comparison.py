@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 from src.certificates import record_certificates, write_rows
 from src.challenge import broken_allowed, challenge_certificates
 from src.checkpoints import load_checkpoint
+from src.files import write_json
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import (
     plot_accuracy_against_epsilon,
@@ -17,7 +18,7 @@ from src.plotting import (
 )
 from src.redraw import certificate_settings
 from src.robustness import attack_table, epsilon_curves
-from src.tables import certificate_lines, format_table, percent, population_lines
+from src.tables import certificate_lines, format_table, percent, population_lines, round_down
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import subset
 
@@ -43,6 +44,17 @@ def load_models(folder: str | Path, device) -> dict[str, ConvNN]:
             raise FileNotFoundError(f"There is no checkpoint {path}; run python {script} first.")
         models[name] = load_checkpoint(path, device)
     return models
+
+
+def smoothing_sigma(model: ConvNN) -> float:
+    """The sigma that a checkpoint was trained for.
+
+    Raises:
+        ValueError: if it does not say.
+    """
+    if "sigma" not in model.facts:
+        raise ValueError("The checkpoint of the smoothed model has no sigma; give --sigma.")
+    return model.facts["sigma"]
 
 
 def attack_models(
@@ -90,7 +102,7 @@ def certify_models(
             Path(results) / f"certificates_{name}{suffix}.csv",
             indices,
             lambda left, smooth=smooth: evaluate_robustness(smooth, test, **settings, indices=left),
-            certificate_settings(model, test, sigma=sigma, **settings),
+            certificate_settings(smooth, test, **settings),
             facts,
             resume=resume,
         )
@@ -144,6 +156,7 @@ def report_comparison(
     test: TensorDataset,
     *,
     sigma: float,
+    facts: Mapping,
     results: str | Path,
     figures: str | Path,
 ) -> None:
@@ -161,6 +174,7 @@ def report_comparison(
         for row in curve
     ]
     write_rows(Path(results) / "comparison_attacks.csv", rows)
+    write_json(Path(results) / "comparison_attacks.json", dict(facts))
 
     figures = Path(figures)
     first = next(iter(certificates.values()))
@@ -199,7 +213,7 @@ def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset
                 [
                     (
                         image[0].numpy(),
-                        f"{row['prediction']}: r = {float(row['radius']):.2f}",
+                        f"{row['prediction']}: r = {round_down(row['radius'], 2)}",
                         "black",
                     )
                     for image, row in zip(images, chosen, strict=True)

@@ -1,9 +1,10 @@
 """Files that appear whole or not at all (no torch)."""
 
 import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -34,6 +35,21 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Mapping) -> None:
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raise OSError unless files can be made in `folder`, which need not exist yet."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"{folder} is not a folder that can be written to; choose another.")
 
 
 @contextlib.contextmanager

@@ -151,6 +151,8 @@ class SmoothClassifier(nn.Module):
 
     def __init__(self, base_classifier: nn.Module, sigma: float, num_classes: int = 10):
         super().__init__()
+        if not isinstance(base_classifier, nn.Module):
+            raise ValueError("'base_classifier' must be a torch.nn.Module.")
         check_number("sigma", sigma, positive=True)
         check_count("num_classes", num_classes, 2)
         self.base_classifier = base_classifier
@@ -286,6 +288,9 @@ class SmoothClassifier(nn.Module):
         """
         check_count("n0", n0)
         check_number("radius", radius)
+        check_count("max_n", max_n)
+        if radius > 8 * self.sigma:
+            raise ValueError(f"'radius' = {radius:g} is beyond 8 sigma: no draws can certify it.")
         p0 = float(required_probability(radius, self.sigma))
         looks = look_schedule(max_n, p0, alpha)
         keyed = self._keyed(images, seed, indices)
@@ -301,8 +306,8 @@ class SmoothClassifier(nn.Module):
             raise AssertionError("A rule never answers CONTINUE at its last look.")
 
         with self._voters(images) as (network, workers):
-            certified, top, samples = zip(*workers.map(decide, keyed), strict=True)
-        fields = (np.array(certified, bool), np.array(top, int), np.array(samples, int))
+            outcomes = np.array(list(workers.map(decide, keyed)), int).reshape(-1, 3)
+        fields = (outcomes[:, 0] == 1, outcomes[:, 1].copy(), outcomes[:, 2].copy())
         return RadiusDecision(*(_as_batch(torch.from_numpy(f), images) for f in fields))
 
     def _keyed(self, images: Tensor, seed: int, indices) -> list[tuple[Tensor, int]]:

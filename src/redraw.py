@@ -62,11 +62,14 @@ def redraw(
     return problems
 
 
-def certificate_settings(model, test: TensorDataset, **settings) -> dict:
+def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settings) -> dict:
     """What rows of certificates depend on, for their twin."""
     return {
-        "model_digest": weights_digest(model.state_dict()),
+        "model_digest": weights_digest(smooth.base_classifier.state_dict()),
         "data_digest": data_digest(test),
+        "sigma": smooth.sigma,
+        # Each type of device has its own noise.
+        "device": next(smooth.parameters()).device.type,
         "precision": "float32",
         "form": "batch normalisation folded",
         **settings,

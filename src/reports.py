@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
-from src.certificates import write_rows
-from src.command_line import write_json
+from src.certificates import record_certificates, write_rows
+from src.files import write_json
 from src.models import ABSTAIN, SmoothClassifier
 from src.plotting import (
     GREEN,
@@ -19,15 +19,11 @@ from src.plotting import (
     plot_certified_accuracy,
     plot_gallery,
 )
+from src.redraw import certificate_settings
 from src.robustness import accuracy_row, attack_table, epsilon_curves
 from src.tables import attack_lines, certificate_lines, format_table, percent
 from src.training_and_evaluation import accuracy, evaluate_robustness
-from src.utils import subset
-
-
-def spread(dataset: TensorDataset, size: int) -> TensorDataset:
-    """`size` examples at equal distances, all of them if there are fewer."""
-    return subset(dataset, range(0, len(dataset), max(len(dataset) // size, 1))[:size])
+from src.utils import spread, spread_indices, subset
 
 
 def report_attacks(
@@ -152,11 +148,14 @@ def report_smoothing(
     ]
     print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
 
-    indices = range(0, len(test), max(len(test) // certified, 1))[:certified]
-    rows = list(evaluate_robustness(smooth, test, n=n, seed=seed, indices=indices))
-    stem = Path(results) / f"{name}_certificates"
-    write_rows(stem.with_suffix(".csv"), rows)
-    write_json(stem.with_suffix(".json"), dict(facts))
+    settings = {"n0": 100, "n": n, "alpha": 0.001, "seed": seed}
+    rows = record_certificates(
+        Path(results) / f"{name}_certificates.csv",
+        spread_indices(len(test), certified),
+        lambda left: evaluate_robustness(smooth, test, **settings, indices=left),
+        certificate_settings(smooth, test, **settings),
+        facts,
+    )
     radii = [step * smooth.sigma / 2 for step in range(6)]
     print("\n" + certificate_lines({title: rows}, radii))
     plot_certified_accuracy(

@@ -25,7 +25,11 @@ CURVES = {
 
 def attacks(steps: int = 40) -> dict[str, Callable]:
     """The attacks of tables and curves by name: (model, images, labels, epsilon, norm)."""
-    return {"single step": gradient_attack, f"PGD-{steps}": partial(pgd_attack, steps=steps)}
+    return {
+        "single step": gradient_attack,
+        # From the single step and from a random point: each start is the weaker one somewhere.
+        f"2x PGD-{steps}": partial(pgd_attack, steps=steps, restarts=2),
+    }
 
 
 def attack_table(
@@ -83,7 +87,7 @@ def epsilon_curves(
             if len(chosen):
                 bounded = partial(attack, epsilon=epsilon, norm=norm)
                 hits[chosen] = correct(model, subset(dataset, chosen), attack=bounded)
-            if name.startswith("PGD"):
+            if "PGD" in name:
                 alive = hits
             curves.setdefault(name, []).append(accuracy_row(name, norm, epsilon, hits))
     return curves

@@ -8,6 +8,7 @@ from pathlib import Path
 from src.certificates import (
     drop_equal_copies,
     indices_digest,
+    read_exactly,
     read_rows,
     read_twin,
     set_aside,
@@ -53,7 +54,7 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
         content = {"settings": _shared(twins[0]) | {"indices": indices_digest(indices)}}
         content |= {"facts": [twin["facts"] for twin in twins], "finished": True}
         write_twin(
-            path.with_suffix(".json"), content | {"rows_sha256": text_digest(path.read_text())}
+            path.with_suffix(".json"), content | {"rows_sha256": text_digest(read_exactly(path))}
         )
         drop_equal_copies(path)
     return len(rows)

@@ -1,5 +1,6 @@
 """Short tables for the console."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,6 +32,12 @@ def percent(share: float, low: float | None = None, high: float | None = None) -
     """92.1, or 92.1 [90.4, 93.6] with an interval."""
     text = f"{100 * share:.1f}"
     return text if low is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def round_down(radius: float | str, digits: int) -> str:
+    """A radius with so many digits, rounded down: a certificate must not look larger than it is."""
+    unit = 10**digits
+    return f"{math.floor(float(radius) * unit) / unit:.{digits}f}"
 
 
 def attack_lines(rows: Sequence[Mapping]) -> str:

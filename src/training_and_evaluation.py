@@ -40,7 +40,7 @@ def train_model(
     model: nn.Module,
     dataset: TensorDataset,
     *,
-    loss: Loss | None = standard_loss,
+    loss: Loss = standard_loss,
     epochs: int,
     loss_schedule: Callable[[float], Loss] | None = None,
     batch_size: int = 256,
@@ -86,15 +86,7 @@ def train_model(
         ValueError: for an argument out of its range.
         RuntimeError: if the loss is no longer finite.
     """
-    check_count("epochs", epochs)
-    check_count("batch_size", batch_size)
-    check_count("shift", shift, 0)
-    check_number("learning_rate", learning_rate, positive=True)
-    check_number("weight_decay", weight_decay)
-    if not 0 <= averaging < 1:
-        raise ValueError(f"'averaging' = {averaging} must be at least 0 and below 1.")
-    if not len(dataset):
-        raise ValueError("'dataset' has no images.")
+    _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, shift, averaging)
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))
@@ -120,6 +112,8 @@ def train_model(
             row = _epoch_row(history, epoch, torch.stack(steps))
             row |= {"seconds": time.perf_counter() - start} | (watch(averaged) if watch else {})
             history["epochs"].append(row)
+            if select and select not in row:
+                raise ValueError(f"'select' is {select!r}, which 'watch' does not return.")
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in _QUIET})
             if select and row[select] > best_figure:
                 best_figure, best_state = row[select], copy.deepcopy(averaged.state_dict())
@@ -127,6 +121,18 @@ def train_model(
     model.load_state_dict(best_state or averaged.state_dict())
     model.eval()
     return history
+
+
+def _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, shift, averaging):
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    check_count("shift", shift, 0)
+    check_number("learning_rate", learning_rate, positive=True)
+    check_number("weight_decay", weight_decay)
+    if not 0 <= averaging < 1:
+        raise ValueError(f"'averaging' = {averaging} must be at least 0 and below 1.")
+    if not len(dataset):
+        raise ValueError("'dataset' has no images.")
 
 
 _QUIET = ("epoch", "seconds")
@@ -233,6 +239,7 @@ def correct(
     device: str | torch.device | None = None,
 ) -> Tensor:
     """Whether each image is classified correctly, bool (N,); arguments as for `accuracy`."""
+    check_count("batch_size", batch_size)
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = []
     with evaluation_mode(model):
@@ -266,31 +273,40 @@ def evaluate_robustness(
         indices: the images of `dataset` to certify; default: all.
         progress: show a progress bar.
 
-    Yields:
-        Dictionaries with the columns of the result rows: `index`, `label`, `prediction`,
-        `correct` (0 or 1), `radius`, `p_lower`, `top_count`, `n0`, `n`, `alpha`, `sigma`, `seed`.
+    Returns:
+        An iterator of dictionaries with the columns of the result rows: `index`, `label`,
+        `prediction`, `correct` (0 or 1), `radius`, `p_lower`, `top_count`, `n0`, `n`, `alpha`,
+        `sigma`, `seed`.
 
     Raises:
         ValueError: for an argument out of its range.
     """
-    indices = range(len(dataset)) if indices is None else indices
-    images, labels = subset(dataset, list(indices)).tensors
+    indices = list(range(len(dataset)) if indices is None else indices)
+    images, labels = subset(dataset, indices).tensors
     settings = {"n0": n0, "n": n, "alpha": alpha}
-    bar = tqdm(indices, desc="certifying", unit="image", disable=not progress)
-    for index, image, label in zip(bar, images, labels.tolist(), strict=True):
-        certificate = smooth_classifier.certify(
-            image, **settings, batch_size=batch_size, seed=seed, indices=[index]
-        )
-        prediction = int(certificate.prediction)
-        yield {
-            "index": int(index),
-            "label": label,
-            "prediction": prediction,
-            "correct": int(prediction == label),
-            "radius": float(certificate.radius),
-            "p_lower": float(certificate.p_lower),
-            "top_count": int(certificate.top_count),
-            **settings,
-            "sigma": smooth_classifier.sigma,
-            "seed": seed,
-        }
+    # Here and not in the generator below, whose body starts with the first row asked for.
+    smooth_classifier.certify(
+        images[:0], **settings, batch_size=batch_size, seed=seed, indices=indices[:0]
+    )
+
+    def rows() -> Iterator[dict]:
+        bar = tqdm(indices, desc="certifying", unit="image", disable=not progress)
+        for index, image, label in zip(bar, images, labels.tolist(), strict=True):
+            certificate = smooth_classifier.certify(
+                image, **settings, batch_size=batch_size, seed=seed, indices=[index]
+            )
+            prediction = int(certificate.prediction)
+            yield {
+                "index": int(index),
+                "label": label,
+                "prediction": prediction,
+                "correct": int(prediction == label),
+                "radius": float(certificate.radius),
+                "p_lower": float(certificate.p_lower),
+                "top_count": int(certificate.top_count),
+                **settings,
+                "sigma": smooth_classifier.sigma,
+                "seed": seed,
+            }
+
+    return rows()

@@ -37,6 +37,8 @@ def load_training_data(
     Raises:
         ValueError: unless 1 <= `held_out` < 60,000.
     """
+    if not 1 <= held_out < 60_000:
+        raise ValueError(f"'held_out' = {held_out} must be at least 1 and less than 60,000.")
     parts = (*hold_out(load_mnist("train", root), held_out), load_mnist("test", root))
     if not quick:
         return parts
@@ -73,6 +75,16 @@ def subset(dataset: TensorDataset, indices: Sequence[int] | torch.Tensor) -> Ten
     if not (whole and ((numbers >= 0) & (numbers < len(dataset))).all()):
         raise ValueError(f"'indices' must be whole numbers from 0 to {len(dataset) - 1}.")
     return TensorDataset(*(tensor[numbers.to(tensor.device)] for tensor in dataset.tensors))
+
+
+def spread_indices(count: int, size: int) -> range:
+    """`size` of the numbers below `count` at equal distances, all of them if there are fewer."""
+    return range(0, count, max(count // size, 1))[:size]
+
+
+def spread(dataset: TensorDataset, size: int) -> TensorDataset:
+    """`size` examples at equal distances, all of them if there are fewer."""
+    return subset(dataset, spread_indices(len(dataset), size))
 
 
 def get_device(name: str = "auto") -> torch.device:

@@ -1,5 +1,6 @@
 """Certificates on disk when runs are killed, restarted, altered or doubled."""
 
+import contextlib
 import json
 import random
 import signal
@@ -85,6 +86,25 @@ def test_torn_end_is_dropped(cut, finished):
     assert finished.read_bytes() == whole
 
 
+@pytest.mark.parametrize("rest", ["", "index,lab"])
+def test_run_that_died_in_its_header_is_resumed(rest, finished):
+    whole = finished.read_bytes()
+    finished.write_text(rest)
+    record(finished, resume=True)
+    assert finished.read_bytes() == whole
+
+
+def test_bad_arguments_are_refused_before_earlier_rows_are_touched(finished):
+    def refuse(left):
+        raise ValueError("'n' = 9")
+
+    before = sorted((p.name, p.read_bytes()) for p in finished.parent.iterdir())
+    with pytest.raises(ValueError, match="'n' = 9"):
+        record_certificates(finished, INDICES, refuse, SETTINGS, {})
+    left = [p for p in finished.parent.iterdir() if not p.name.endswith(".lock")]
+    assert sorted((p.name, p.read_bytes()) for p in left) == before
+
+
 def test_torn_middle_stops(finished):
     lines = finished.read_text().splitlines(keepends=True)
     lines[40] = lines[40][: len(lines[40]) // 2] + "\n"
@@ -161,14 +181,19 @@ def test_every_changed_character_is_found(finished):
     rng = random.Random(0)
     for path in (finished, finished.with_suffix(".json")):
         whole = path.read_text()
-        for position in rng.sample(range(len(whole)), 200):
+        ends = [k for k, character in enumerate(whole) if character == "\n"]
+        for position in rng.sample(range(len(whole)), 200) + ends[:20]:
             other = "7" if whole[position] != "7" else "3"
-            path.write_text(whole[:position] + other + whole[position + 1 :])
+            other = "\r" if whole[position] == "\n" else other
+            path.write_bytes((whole[:position] + other + whole[position + 1 :]).encode())
             try:
                 found = verify(finished)
             except ValueError as error:
                 found = [str(error)]
             assert found, f"{path.name}, character {position}: {whole[position]} -> {other}"
+        path.write_bytes(whole.replace("\n", "\r\n").encode())
+        with contextlib.suppress(ValueError):
+            assert verify(finished), f"{path.name} with other line ends"
         path.write_text(whole)
     assert verify(finished) == []
 
