@@ -59,7 +59,7 @@ def show(versions, model, path):
     for axes, (name, version) in zip(panels, versions.items(), strict=True):
         with torch.no_grad():
             confidence, guess = model(version).softmax(dim=1).max(dim=1)
-        axes.imshow(version[0, 0], cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(version[0, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set(title=name, xticks=[], yticks=[])
         axes.set_xlabel(f"{guess.item()} ({confidence.item():.0%})")
     figure.tight_layout()
