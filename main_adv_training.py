@@ -82,7 +82,7 @@ def main(argv=None):
         figures=figures,
         results=args.results,
         facts=facts | {"test_accuracy": test_accuracy, "epochs": history["epochs"]},
-        images=100 if args.quick else 2000,
+        images=100 if args.quick else 1000,
         curve_images=50 if args.quick else 500,
         steps=4 if args.quick else 40,
     )
