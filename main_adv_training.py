@@ -25,15 +25,7 @@ NAME, TITLE = "adversarial_training", "Adversarial training"
 
 
 def main(argv=None):
-    parser = script_parser(__doc__)
-    training_options(parser, epochs=12)
-    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
-    parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, in pixel units")
-    parser.add_argument(
-        "--attack", choices=("gradient", "pgd"), default="gradient", help="used in training"
-    )
-    parser.add_argument("--steps", type=count(), default=7, help="of PGD in training")
-    args = parse(parser, argv)
+    args = parse(option_parser(), argv)
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
@@ -87,6 +79,18 @@ def main(argv=None):
         steps=4 if args.quick else 40,
     )
     print(f"Figures in {args.figures}/, rows in {args.results}/")
+
+
+def option_parser():
+    parser = script_parser(__doc__)
+    training_options(parser, epochs=12)
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
+    parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, in pixel units")
+    parser.add_argument(
+        "--attack", choices=("gradient", "pgd"), default="gradient", help="used in training"
+    )
+    parser.add_argument("--steps", type=count(), default=7, help="of PGD in training")
+    return parser
 
 
 if __name__ == "__main__":

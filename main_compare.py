@@ -16,10 +16,63 @@ from src.comparison import (
     report_comparison,
     smoothing_sigma,
 )
+from src.files import lock_file
 from src.utils import get_device, load_mnist, seed_everything, subset
 
 
 def main(argv=None):
+    args = parse(option_parser(), argv)
+    if args.quick:
+        args.every, args.n, args.steps = 1000, 500, 4
+    device = get_device(args.device)
+    seed_everything(args.seed)
+    test = load_mnist("test", args.data)
+    indices = range(0, len(test), args.every)
+    part, parts = args.shard or (1, 1)
+    models = load_models(args.models, device)
+    sigma = args.sigma or smoothing_sigma(models["smoothed"])
+    facts = provenance(Path(__file__).stem, args, argv)
+
+    suffix = f".shard-{part}-of-{parts}" if args.shard else ""
+    results = Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
+    # One run at a time: tables and figures must be of the rows that lie beside them.
+    with lock_file(results / f"comparison{suffix}"):
+        certificates = certify_models(
+            models,
+            test,
+            indices[part - 1 :: parts],
+            sigma=sigma,
+            n0=args.n0,
+            n=args.n,
+            alpha=args.alpha,
+            seed=args.seed,
+            results=results,
+            facts=facts,
+            resume=args.resume,
+            suffix=suffix,
+        )
+        if args.shard:
+            return
+        tables, curves = attack_models(models, subset(test, indices), steps=args.steps)
+        report_comparison(
+            tables,
+            curves,
+            certificates,
+            test,
+            sigma=sigma,
+            facts=facts,
+            results=results,
+            figures=args.figures,
+        )
+        if args.challenge:
+            challenge_models(
+                models, test, certificates, sigma=sigma, images=args.challenge, seed=args.seed
+            )
+        print(f"\nFigures in {args.figures}/, rows in {args.results}/")
+
+
+def option_parser():
     parser = script_parser(__doc__)
     parser.add_argument(
         "--sigma", type=number(), help="noise, pixel units; default: of the smoothed model"
@@ -45,50 +98,7 @@ def main(argv=None):
     parser.add_argument(
         "--shard", type=share, help="k/n: certify the k-th of n parts of the images, then stop"
     )
-    args = parse(parser, argv)
-    if args.quick:
-        args.every, args.n, args.steps = 1000, 500, 4
-    device = get_device(args.device)
-    seed_everything(args.seed)
-    test = load_mnist("test", args.data)
-    indices = range(0, len(test), args.every)
-    part, parts = args.shard or (1, 1)
-    models = load_models(args.models, device)
-    sigma = args.sigma or smoothing_sigma(models["smoothed"])
-    facts = provenance(Path(__file__).stem, args, argv)
-
-    certificates = certify_models(
-        models,
-        test,
-        indices[part - 1 :: parts],
-        sigma=sigma,
-        n0=args.n0,
-        n=args.n,
-        alpha=args.alpha,
-        seed=args.seed,
-        results=args.results,
-        facts=facts,
-        resume=args.resume,
-        suffix=f".shard-{part}-of-{parts}" if args.shard else "",
-    )
-    if args.shard:
-        return
-    tables, curves = attack_models(models, subset(test, indices), steps=args.steps)
-    report_comparison(
-        tables,
-        curves,
-        certificates,
-        test,
-        sigma=sigma,
-        facts=facts,
-        results=args.results,
-        figures=args.figures,
-    )
-    if args.challenge:
-        challenge_models(
-            models, test, certificates, sigma=sigma, images=args.challenge, seed=args.seed
-        )
-    print(f"\nFigures in {args.figures}/, rows in {args.results}/")
+    return parser
 
 
 if __name__ == "__main__":
