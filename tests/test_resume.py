@@ -53,7 +53,9 @@ def finished(tmp_path):
 def started(path, *options):
     """A process that records slowly: it can be killed half-way."""
     code = (
-        "import functools, sys; from tests.test_resume import *;"
+        "import functools, signal; from tests.test_resume import *;"
+        # A shell that runs tests in the background has its children ignore SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "certify = functools.partial(certify, delay=0.01);"
         f"record_certificates({str(path)!r}, INDICES, certify, SETTINGS, {{'command': 'test'}},"
         f" resume={'--resume' in options})"
