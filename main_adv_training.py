@@ -59,7 +59,7 @@ def main(argv=None):
             "single step, not the ball. Try --attack pgd, a smaller --epsilon or fewer --epochs."
         )
     print(f"Kept epoch {history['best_epoch']}, the best under PGD on held-out training images")
-    plot_training(history, figures / f"{NAME}_curves.png", TITLE)
+    plot_training(history, figures / f"{NAME}_curves.png", TITLE, held_out="held out, not attacked")
     plot_held_out_robustness(
         history, figures / f"{NAME}_held_out.png", f"{TITLE}: held-out images", collapsed
     )

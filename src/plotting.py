@@ -28,13 +28,16 @@ _STYLE = {
 }
 
 
-def plot_training(history: Mapping, path: str | os.PathLike, title: str) -> None:
+def plot_training(
+    history: Mapping, path: str | os.PathLike, title: str, *, held_out: str = "held out"
+) -> None:
     """Loss and accuracy over the updates, with the held-out figures of every epoch.
 
     Args:
         history: what `train_model` returns.
         path: image file to write.
         title: of the figure.
+        held_out: label of the held-out figures.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -49,7 +52,7 @@ def plot_training(history: Mapping, path: str | os.PathLike, title: str) -> None
         epochs = history["epochs"]
         if "clean" in epochs[0]:
             at = [per_epoch * row["epoch"] for row in epochs]
-            right.plot(at, [row["clean"] for row in epochs], "o-", color=RED, label="held out")
+            right.plot(at, [row["clean"] for row in epochs], "o-", color=RED, label=held_out)
         right.set_ylim(min(0.8, np.quantile(_smoothed(history["step_accuracy"]), 0.05)), 1.005)
         left.legend()
         right.legend(loc="lower right")
