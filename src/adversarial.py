@@ -43,7 +43,7 @@ def ramped_adversarial_loss(
     """
 
     def loss_at(progress: float) -> Loss:
-        # From the full ball on, a fresh network does not get past predicting one class.
+        # Meant to spare a fresh network the full ball; not compared here with doing without.
         radius = epsilon * min(progress / ramp, 1.0)
         return partial(
             adversarial_loss,

@@ -5,8 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
 
 from src.adversarial import (
     collapsed_epochs,
@@ -17,21 +15,7 @@ from src.adversarial import (
 from src.attacks import gradient_attack
 from src.models import ConvNN
 from src.training_and_evaluation import accuracy, standard_loss, train_model
-
-
-def halves(count=256, side=8, seed=0):
-    """Which half is bright: separable, also after a shift by a pixel."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    images = 0.3 * torch.rand(count, 1, side, side, generator=generator)
-    for label, part in ((0, slice(0, side // 2)), (1, slice(side // 2, side))):
-        images[labels == label, :, part] += 0.5
-    return TensorDataset(images, labels)
-
-
-def linear(seed=0, side=8, classes=2):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(side * side, classes))
+from tests.helpers import halves, linear
 
 
 @pytest.mark.parametrize("ramp", [0.3, 0.5, 1.0])

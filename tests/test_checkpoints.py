@@ -12,6 +12,7 @@ from torch import nn
 
 from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
 from src.models import ConvNN, SmoothClassifier
+from tests.helpers import bits
 
 FACTS = {
     "seed": 2**62 + 1,
@@ -31,11 +32,6 @@ def network(seed=0, channels=(1, 2), **options):
     for tensor in model.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape).abs() * 10)
     return model
-
-
-def bits(state):
-    """Names, types and bytes: unlike ==, tells -0.0 from 0.0 and knows NaN."""
-    return [(k, v.dtype, v.shape, v.contiguous().numpy().tobytes()) for k, v in state.items()]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
@@ -18,21 +17,7 @@ from src.training_and_evaluation import (
     standard_loss,
     train_model,
 )
-
-
-def halves(count=256, side=8, seed=0):
-    """Which half is bright: separable, also after a shift by a pixel."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 2
-    images = 0.3 * torch.rand(count, 1, side, side, generator=generator)
-    for label, part in ((0, slice(0, side // 2)), (1, slice(side // 2, side))):
-        images[labels == label, :, part] += 0.5
-    return TensorDataset(images, labels)
-
-
-def linear(seed=0, side=8, classes=2):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(side * side, classes))
+from tests.helpers import halves, linear
 
 
 def state(model):

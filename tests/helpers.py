@@ -1,0 +1,25 @@
+"""Small data, models and comparisons that several test files share."""
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def halves(count=256, side=8, seed=0):
+    """Which half is bright: separable, also after a shift by a pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 2
+    images = 0.3 * torch.rand(count, 1, side, side, generator=generator)
+    for label, part in ((0, slice(0, side // 2)), (1, slice(side // 2, side))):
+        images[labels == label, :, part] += 0.5
+    return TensorDataset(images, labels)
+
+
+def linear(seed=0, side=8, classes=2):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(side * side, classes))
+
+
+def bits(state):
+    """Names, types and bytes: unlike ==, tells -0.0 from 0.0 and knows NaN."""
+    return [(k, v.dtype, v.shape, v.contiguous().numpy().tobytes()) for k, v in state.items()]
