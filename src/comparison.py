@@ -19,7 +19,7 @@ from src.plotting import (
 from src.redraw import certificate_settings
 from src.robustness import attack_table, epsilon_curves
 from src.tables import certificate_lines, format_table, percent, population_lines, round_down
-from src.training_and_evaluation import evaluate_robustness
+from src.training_and_evaluation import accuracy, evaluate_robustness
 from src.utils import subset
 
 # Checkpoint and the script that makes it, for each model in the order of the tables.
@@ -83,6 +83,7 @@ def certify_models(
     n: int,
     alpha: float,
     seed: int,
+    precision: str,
     results: str | Path,
     facts: Mapping,
     resume: bool,
@@ -97,13 +98,15 @@ def certify_models(
     rows = {}
     for name, model in models.items():
         print(f"Certifying the {name} model at sigma = {sigma:g}, n = {n:,}, alpha = {alpha:g}")
-        smooth = SmoothClassifier(model, sigma)
+        clean = accuracy(model.inference_form(precision), test)
+        print(f"Its accuracy on all clean test images, in {precision}: {clean:.2%}")
+        smooth = SmoothClassifier(model, sigma, precision=precision)
         rows[name] = record_certificates(
             Path(results) / f"certificates_{name}{suffix}.csv",
             indices,
             lambda left, smooth=smooth: evaluate_robustness(smooth, test, **settings, indices=left),
             certificate_settings(smooth, test, **settings),
-            facts,
+            {**facts, "clean_accuracy": clean},
             resume=resume,
         )
     return rows
@@ -115,6 +118,7 @@ def challenge_models(
     certificates: Mapping[str, Sequence[Mapping]],
     *,
     sigma: float,
+    precision: str,
     images: int,
     seed: int,
 ) -> None:
@@ -125,7 +129,7 @@ def challenge_models(
     """
     excessive = []
     for name, rows in certificates.items():
-        smooth = SmoothClassifier(models[name], sigma)
+        smooth = SmoothClassifier(models[name], sigma, precision=precision)
         broken, tried = challenge_certificates(smooth, test, rows, images=images, seed=seed)
         allowed = broken_allowed(tried, float(rows[0]["alpha"]))
         print(f"{name}: {broken} of {tried} certificates broken by attack, {allowed} allowed")

@@ -18,7 +18,7 @@ from src.certification import (
     required_probability,
 )
 from src.checks import check_count, check_images, check_number, evaluation_mode
-from src.convnn import ConvNN
+from src.convnn import PRECISIONS, ConvNN
 from src.sampling import (
     IN_TURN,
     count_votes,
@@ -59,14 +59,28 @@ class SmoothClassifier(nn.Module):
         base_classifier: f, images (B, 1, 28, 28) -> logits (B, num_classes).
         sigma: standard deviation of the noise, in pixel units.
         num_classes: number of logits of f.
+        precision: "float32" or "bfloat16", of the network that votes: a bfloat16 network is
+            the classifier then certified (only for a ConvNN; see `fastest_precision`).
     """
 
-    def __init__(self, base_classifier: nn.Module, sigma: float, num_classes: int = 10):
+    def __init__(
+        self,
+        base_classifier: nn.Module,
+        sigma: float,
+        num_classes: int = 10,
+        *,
+        precision: str = "float32",
+    ):
         super().__init__()
         if not isinstance(base_classifier, nn.Module):
             raise ValueError("'base_classifier' must be a torch.nn.Module.")
         check_number("sigma", sigma, positive=True)
         check_count("num_classes", num_classes, 2)
+        if precision != "float32" and type(base_classifier) is not ConvNN:
+            raise ValueError("'precision' other than 'float32' needs a ConvNN.")
+        if precision not in PRECISIONS:
+            raise ValueError(f"'precision' is {precision!r}; use 'float32' or 'bfloat16'.")
+        self.precision = precision
         self.base_classifier = base_classifier
         self.sigma = float(sigma)
         self.num_classes = num_classes
@@ -260,7 +274,7 @@ class SmoothClassifier(nn.Module):
             with evaluation_mode(self.base_classifier) as network:
                 yield network, IN_TURN
             return
-        network = self.base_classifier.inference_form()
+        network = self.base_classifier.inference_form(self.precision)
         on_cpu = self._device(images).type == "cpu"
         with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
             yield network, workers

@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import TensorDataset
 
-from src.certificates import read_rows
+from src.certificates import read_rows, read_twin
 from src.checkpoints import load_checkpoint, weights_digest
 from src.models import SmoothClassifier
 from src.training_and_evaluation import evaluate_robustness
@@ -45,11 +46,15 @@ def redraw(
     if checkpoint is None:
         raise ValueError("--redraw needs --checkpoint, the model behind the rows.")
     model, test, found = load_checkpoint(checkpoint), load_mnist("test", data), read_rows(path)
+    settings = read_twin(Path(path).with_suffix(".json"))["settings"]
+    precision = settings["precision"]
+    if settings["model_digest"] != weights_digest(model.state_dict()):
+        return [f"{checkpoint} is not the model behind the rows"]
     # Fresh entropy: whoever alters a row must not know which ones are drawn again.
     chosen = np.random.default_rng().choice(len(found), min(rows, len(found)), replace=False)
     problems = []
     for row in (found[number] for number in sorted(chosen)):
-        smooth = SmoothClassifier(model, float(row["sigma"]))
+        smooth = SmoothClassifier(model, float(row["sigma"]), precision=precision)
         settings = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
         (again,) = evaluate_robustness(
             smooth,
@@ -69,11 +74,12 @@ def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settin
     """What rows of certificates depend on, for their twin."""
     return {
         "model_digest": weights_digest(smooth.base_classifier.state_dict()),
+        "network": smooth.base_classifier.config,
         "data_digest": data_digest(test),
         "sigma": smooth.sigma,
         # Each type of device has its own noise.
         "device": next(smooth.parameters()).device.type,
-        "precision": "float32",
+        "precision": smooth.precision,
         "form": "batch normalisation folded",
         **settings,
     }

@@ -1,6 +1,7 @@
 """The network, and certificates against closed forms, invariances and the noise itself."""
 
 import json
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from scipy.stats import kstest, norm
 from torch import nn
 
+from src import convnn
+from src.convnn import PRECISIONS, fastest_precision
 from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
-from src.sampling import STAGES, block_seed
+from src.sampling import STAGES, block_seed, image_key
 
 GREY = torch.full((1, 28, 28), 0.5)
 
@@ -57,11 +60,11 @@ class Recorder(nn.Module):
         return copies / sigma
 
 
-@pytest.fixture
-def network():
+@pytest.fixture(params=[False, True], ids=["strided", "pooled"])
+def network(request):
     """An untrained network with batch-norm statistics far from their initial values."""
     torch.manual_seed(0)
-    model = ConvNN((3, 5), hidden=7)
+    model = ConvNN((3, 5), hidden=7, pooled=request.param)
     for module in (model.norm1, model.norm2):
         for tensor in (module.weight.data, module.bias.data, module.running_mean):
             tensor.normal_()
@@ -86,8 +89,9 @@ def equal(first, second):
 @pytest.mark.parametrize("channels", [(16, 32), [1, 3]])
 @pytest.mark.parametrize("hidden", [None, 5])
 @pytest.mark.parametrize("num_classes", [2, 10])
-def test_network_is_described_by_its_config(channels, hidden, num_classes):
-    model = ConvNN(channels, hidden, num_classes).eval()
+@pytest.mark.parametrize("pooled", [False, True])
+def test_network_is_described_by_its_config(channels, hidden, num_classes, pooled):
+    model = ConvNN(channels, hidden, num_classes, pooled=pooled).eval()
     twin = ConvNN(**json.loads(json.dumps(model.config))).eval()
     twin.load_state_dict(model.state_dict())
     images = images_of(3)
@@ -110,11 +114,87 @@ def test_network_names_images_of_another_shape(shape):
         *(("channels", value) for value in [(4,), (4, 4, 4), (0, 4), (4, 2.5)]),
         *(("hidden", value) for value in [0, -1, 1.5]),
         *(("num_classes", value) for value in [1, 0, 2.0]),
+        *(("pooled", value) for value in [1, None]),
     ],
 )
 def test_network_names_bad_arguments(name, value):
     with pytest.raises(ValueError, match=f"'{name}'"):
         ConvNN(**{name: value})
+
+
+def test_pooling_takes_the_largest_of_four():
+    # One bright pixel moved inside a 4x4 cell of the grid of two poolings: seen by convolutions
+    # that pass pixels on, a pooled network cannot tell where in the cell it is.
+    model = ConvNN((1, 1), pooled=True).eval()
+    for convolution in (model.conv1, model.conv2):
+        convolution.weight.data = torch.zeros(1, 1, 5, 5)
+        convolution.weight.data[0, 0, 2, 2] = 1
+    images = torch.zeros(4, 1, 28, 28)
+    for image, (row, column) in zip(images, [(8, 8), (11, 8), (9, 10), (12, 8)], strict=True):
+        image[0, row, column] = 1
+    logits = model(images)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    assert not torch.equal(logits[0], logits[3])
+
+
+def test_bfloat16_form_rounds_features_but_not_logits(network):
+    images = images_of(50)
+    forms = network.inference_form(), network.inference_form("bfloat16")
+    logits = forms[1](images)
+    assert not torch.equal(logits, logits.bfloat16().float())
+    for form in forms:
+        form.output = nn.Identity()
+    exact, rounded = (form(images) for form in forms)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    # Eight bits, 2 ** -8 relative, in three layers whose terms partly cancel.
+    assert 0 < (rounded - exact).abs().max() < 6 * 2**-8 * exact.abs().max()
+
+
+def test_another_precision_is_refused(network):
+    for call in (
+        lambda: network.inference_form("float16"),
+        lambda: SmoothClassifier(network, 0.5, precision="float16"),
+        lambda: SmoothClassifier(FirstPixel(0.9), 0.5, precision="bfloat16"),
+    ):
+        with pytest.raises(ValueError, match="'precision'"):
+            call()
+
+
+def test_votes_are_those_of_the_network_in_its_precision(network):
+    # sigma = 2 leaves many votes close: bfloat16 casts some of them differently.
+    image, n = images_of(1)[0], 512
+    top = {}
+    for precision in PRECISIONS:
+        smooth = SmoothClassifier(network, 2.0, precision=precision)
+        certificate = smooth.certify(image, n0=128, n=n, alpha=0.05)
+        generator, votes = torch.Generator(), []
+        for block in range(n // 128):
+            seed = block_seed(image_key(0, 0), "estimate", block)
+            noise = torch.randn(128, 1, 28, 28, generator=generator.manual_seed(seed))
+            votes.append(network.inference_form(precision)(noise * 2 + image).argmax(1))
+        top[precision] = torch.cat(votes).bincount(minlength=10)
+        assert certificate.top_count in top[precision]
+    assert not torch.equal(*top.values())
+
+
+@pytest.mark.parametrize(("speed", "expected"), [(3, "bfloat16"), (1.1, "float32"), (0, "float32")])
+def test_the_faster_precision_is_chosen(network, monkeypatch, speed, expected):
+    def rate(form, images, seconds):
+        return 10.0 * speed if form.dtype == torch.bfloat16 else 10.0
+
+    monkeypatch.setattr(convnn, "_rate", rate)
+    assert fastest_precision(network) == expected
+
+
+def test_rate_counts_calls_a_second():
+    class Slow(nn.Module):
+        def forward(self, images):
+            time.sleep(0.01)
+            return images.flatten(1)
+
+    # At most 100 a second by construction, however busy the machine.
+    assert 0 < convnn._rate(Slow(), torch.zeros(1, 1, 2, 2), 0.05) <= 100
 
 
 def test_inference_form_is_the_same_function_in_other_memory(network):
