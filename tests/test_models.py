@@ -115,6 +115,7 @@ def test_network_names_images_of_another_shape(shape):
         *(("hidden", value) for value in [0, -1, 1.5]),
         *(("num_classes", value) for value in [1, 0, 2.0]),
         *(("pooled", value) for value in [1, None]),
+        *(("thresholds", value) for value in [(0.5, 0.5), (0.6, 0.4), (-0.1, 0.5), (0.5, 1.1)]),
     ],
 )
 def test_network_names_bad_arguments(name, value):
@@ -136,6 +137,30 @@ def test_pooling_takes_the_largest_of_four():
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
     assert not torch.equal(logits[0], logits[3])
+
+
+def test_thresholds_cut_every_pixel():
+    torch.manual_seed(0)
+    plain, images = ConvNN((3, 5)).eval(), images_of(20)
+    ramped = ConvNN((3, 5), thresholds=(0.25, 0.75)).eval()
+    ramped.load_state_dict(plain.state_dict())
+    expected = plain(((images - 0.25) * 2).clamp(0, 1))
+    assert torch.equal(ramped(images), expected)
+    # With gradients or without: the same logits to the last bit.
+    assert torch.equal(ramped(images.clone().requires_grad_()), expected)
+    torch.testing.assert_close(ramped.inference_form()(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_passes_straight_through_the_thresholds():
+    torch.manual_seed(0)
+    plain, images = ConvNN((3, 5)).eval(), images_of(20).requires_grad_()
+    ramped = ConvNN((3, 5), thresholds=(0.25, 0.75)).eval()
+    ramped.load_state_dict(plain.state_dict())
+    cut = ((images.detach() - 0.25) * 2).clamp(0, 1).requires_grad_()
+    (through,) = torch.autograd.grad(ramped(images)[:, 3].sum(), images)
+    (behind,) = torch.autograd.grad(plain(cut)[:, 3].sum(), cut)
+    assert ((cut == 0) | (cut == 1)).any()
+    assert torch.equal(through, 2 * behind)
 
 
 def test_bfloat16_form_rounds_features_but_not_logits(network):
