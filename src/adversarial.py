@@ -32,13 +32,18 @@ def training_attack(name: str, norm: str, *, steps: int, seed: int) -> Callable[
 
 
 def ramped_adversarial_loss(
-    attack: Callable[..., Tensor], epsilon: float, *, ramp: float = 0.3
+    attack: Callable[..., Tensor],
+    epsilon: float,
+    *,
+    loss: Callable[..., tuple[Tensor, Tensor]] = adversarial_loss,
+    ramp: float = 0.3,
 ) -> Callable[[float], Loss]:
     """A `loss_schedule`: adversarial loss whose ball grows linearly over the first `ramp`.
 
     Args:
         attack: (model, images, labels, epsilon) -> images.
         epsilon: radius from `ramp` on.
+        loss: `adversarial_loss`, or another that takes an attack.
         ramp: fraction of the training, in (0, 1].
     """
 
@@ -46,7 +51,7 @@ def ramped_adversarial_loss(
         # Meant to spare a fresh network the full ball; not compared here with doing without.
         radius = epsilon * min(progress / ramp, 1.0)
         return partial(
-            adversarial_loss,
+            loss,
             attack=lambda model, images, labels: attack(model, images, labels, radius),
         )
 

@@ -36,6 +36,24 @@ def adversarial_loss(
     return standard_loss(model, attack(model, images, labels), labels)
 
 
+def trades_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, *, attack: Attack, beta: float = 6.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy at the images plus `beta` times the divergence of the attacked predictions.
+
+    E L(f(x), y) + beta KL(f(x) || f(x + delta)) (TRADES, Zhang et al., ICML 2019). There the
+    attack maximises the divergence; any `attack` will do here. Returns the logits at the
+    attacked images.
+    """
+    # One batch, so that batch normalisation sees both as one population.
+    both = torch.cat([images, attack(model, images, labels)])
+    clean, attacked = model(both).chunk(2)
+    divergence = F.kl_div(
+        F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="batchmean", log_target=True
+    )
+    return F.cross_entropy(clean, labels) + beta * divergence, attacked
+
+
 def train_model(
     model: nn.Module,
     dataset: TensorDataset,

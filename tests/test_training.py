@@ -15,6 +15,7 @@ from src.training_and_evaluation import (
     adversarial_loss,
     random_shift,
     standard_loss,
+    trades_loss,
     train_model,
 )
 from tests.helpers import halves, linear
@@ -41,6 +42,25 @@ def test_standard_loss_is_the_closed_form():
     assert standard_loss(lambda images: 0 * logits, None, labels)[0].item() == pytest.approx(
         math.log(4)
     )
+
+
+def test_trades_loss_is_its_formula():
+    # Linear logits: KL(p || q) written out, on images moved by a known amount.
+    model, (images, labels) = linear(), halves(8).tensors
+    attack = lambda model, images, labels: images + 0.1 * labels[:, None, None, None]  # noqa: E731
+    loss, logits = trades_loss(model, images, labels, attack=attack, beta=3.0)
+    moved = attack(model, images, labels)
+    p, q = model(images).softmax(1), model(moved).softmax(1)
+    divergence = (p * (p / q).log()).sum(1).mean()
+    expected = standard_loss(model, images, labels)[0] + 3 * divergence
+    assert divergence > 1e-5
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(logits, model(moved))
+    # Both terms teach the network: the clean predictions are no fixed target.
+    weight = next(model.parameters())
+    (gradient,) = torch.autograd.grad(divergence, weight)
+    (clean,) = torch.autograd.grad(standard_loss(model, images, labels)[0], weight)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], clean + 3 * gradient)
 
 
 @pytest.mark.parametrize("name", ["gradient", "pgd"])
