@@ -1,0 +1,103 @@
+"""Losses for training the base classifier of a smoothed classifier."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.checks import evaluation_mode
+from src.models import SmoothClassifier
+from src.training_and_evaluation import Loss
+
+# What --method stands for: the arguments of `smoothing_loss`. The weights of consistency and
+# entropy are those of its paper for MNIST or near them; epsilon is in pixel units.
+METHODS = {
+    "gaussian": {"draws": 1},
+    "consistency": {"draws": 2, "consistency": 5.0, "entropy": 0.5},
+    "smoothadv": {"draws": 2, "epsilon": 1.0},
+    "smoothadv-consistency": {"draws": 2, "epsilon": 1.0, "consistency": 3.0, "entropy": 0.5},
+}
+
+
+def smoothing_loss(
+    smooth: SmoothClassifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    draws: int = 1,
+    epsilon: float = 0.0,
+    consistency: float = 0.0,
+    entropy: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy under noise, with the terms that the methods add to it.
+
+    Cohen et al. (ICML 2019): cross-entropy at x + eta, eta ~ N(0, sigma^2 I). SmoothAdv (Salman
+    et al., NeurIPS 2019) first moves x by `epsilon` up the loss of the mean prediction under the
+    same noise, here in one step. Consistency (Jeong and Shin, NeurIPS 2020) adds
+    consistency * mean_i KL(mean p || p_i) + entropy * H(mean p), p_i being the prediction at
+    draw i.
+
+    Args:
+        smooth: the classifier in training.
+        images: (B, 1, 28, 28), pixels in [0, 1].
+        labels: int64 (B,).
+        draws: noisy copies of each image.
+        epsilon: l2 length of the SmoothAdv step, in pixel units; 0 for none.
+        consistency, entropy: weights of the two further terms; they need two draws or more.
+
+    Returns:
+        Scalar loss, and the logits (B, num_classes) of the first draw.
+    """
+    noise = smooth.sigma * torch.randn((draws, *images.shape), device=images.device)
+    if epsilon:
+        images = _ascend(smooth.base_classifier, images, labels, noise, epsilon)
+    logits = _at(smooth.base_classifier, images, noise)
+    log_p = F.log_softmax(logits, dim=2)
+    loss = F.nll_loss(log_p.flatten(0, 1), labels.repeat(draws))
+    if consistency or entropy:
+        mean = log_p.exp().mean(dim=0).clamp(min=1e-20)
+        cross = -(mean * log_p).sum(dim=2).mean()
+        own = -(mean * mean.log()).sum(dim=1).mean()
+        loss = loss + consistency * (cross - own) + entropy * own
+    return loss, logits[0]
+
+
+def _at(base: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+    """Logits (draws, B, num_classes) at every noisy copy, all in one batch."""
+    return base((images + noise).flatten(0, 1)).unflatten(0, (len(noise), -1))
+
+
+def _ascend(base, images, labels, noise, epsilon) -> Tensor:
+    """Images moved by `epsilon` up the loss of the mean prediction, and back into [0, 1]."""
+    points = images.clone().requires_grad_()
+    # Evaluation mode: with the statistics of the batch, images would attack one another.
+    with evaluation_mode(base):
+        mean_log = F.log_softmax(_at(base, points, noise), dim=2).logsumexp(dim=0)
+        (gradient,) = torch.autograd.grad(F.nll_loss(mean_log, labels, reduction="sum"), points)
+    length = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+    return (images + epsilon * gradient / length).clamp(0, 1)
+
+
+def ramped_smoothing_loss(method: str, *, ramp: float = 0.3) -> Callable[[float], Loss]:
+    """A `loss_schedule`: the loss of a method, its added terms growing over the first `ramp`.
+
+    Args:
+        method: one of METHODS.
+        ramp: fraction of the training, in (0, 1].
+
+    Raises:
+        ValueError: for another method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"'method' is {method!r}; use one of {', '.join(map(repr, METHODS))}.")
+    terms = dict(METHODS[method])
+    draws = terms.pop("draws")
+
+    def loss_at(progress: float) -> Loss:
+        part = min(progress / ramp, 1.0)
+        weights = {name: part * weight for name, weight in terms.items()}
+        return partial(smoothing_loss, draws=draws, **weights)
+
+    return loss_at

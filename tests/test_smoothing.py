@@ -1,0 +1,98 @@
+"""The losses of training under noise, against their formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.models import SmoothClassifier
+from src.smoothing import METHODS, ramped_smoothing_loss, smoothing_loss
+from src.training_and_evaluation import standard_loss
+
+SIGMA = 0.5
+
+
+@pytest.fixture
+def smooth():
+    torch.manual_seed(0)
+    return SmoothClassifier(nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), SIGMA, 3)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(5, 1, 28, 28, generator=generator), torch.tensor([0, 1, 2, 0, 1])
+
+
+def noise_of(draws, seed=7):
+    """The noise that a loss draws after `torch.manual_seed(seed)`."""
+    torch.manual_seed(seed)
+    return SIGMA * torch.randn(draws, 5, 1, 28, 28)
+
+
+def at(smooth, images, noise):
+    """Log-probabilities at every draw, one draw at a time."""
+    return torch.stack([F.log_softmax(smooth.base_classifier(images + eta), 1) for eta in noise])
+
+
+def test_gaussian_training_is_the_standard_loss_under_noise(smooth, batch):
+    torch.manual_seed(7)
+    expected, expected_logits = standard_loss(smooth, *batch)
+    torch.manual_seed(7)
+    loss, logits = ramped_smoothing_loss("gaussian")(0.5)(smooth, *batch)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits, expected_logits)
+
+
+def test_consistency_is_its_formula(smooth, batch):
+    images, labels = batch
+    log_p = at(smooth, images, noise_of(3))
+    mean = log_p.exp().mean(0)
+    cross_entropy = torch.stack([F.nll_loss(p, labels) for p in log_p]).mean()
+    divergence = torch.stack([(mean * (mean.log() - p)).sum(1).mean() for p in log_p]).mean()
+    entropy = -(mean * mean.log()).sum(1).mean()
+    torch.manual_seed(7)
+    loss, _ = smoothing_loss(smooth, *batch, draws=3, consistency=5.0, entropy=0.5)
+    assert divergence > 0.01
+    torch.testing.assert_close(loss, cross_entropy + 5 * divergence + 0.5 * entropy)
+
+
+def test_smoothadv_steps_up_the_loss_of_the_mean_prediction(smooth, batch):
+    images, labels = batch
+    noise = noise_of(2)
+
+    def mean_loss(points):
+        mean = at(smooth, points, noise).exp().mean(0)
+        return -mean.gather(1, labels[:, None]).log().sum()
+
+    points = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mean_loss(points), points)
+    length = gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    moved = (images + 0.8 * gradient / length).clamp(0, 1)
+    expected = torch.stack([F.nll_loss(p, labels) for p in at(smooth, moved, noise)]).mean()
+    torch.manual_seed(7)
+    loss, _ = smoothing_loss(smooth, *batch, draws=2, epsilon=0.8)
+    torch.testing.assert_close(loss, expected)
+    torch.manual_seed(7)
+    assert loss > smoothing_loss(smooth, *batch, draws=2)[0]
+    assert mean_loss(moved) > mean_loss(images)
+
+
+def test_methods_start_as_gaussian_training_and_grow(smooth, batch):
+    for method, terms in METHODS.items():
+        values = []
+        for progress in (0.0, 0.15, 0.3, 0.9):
+            torch.manual_seed(7)
+            values.append(ramped_smoothing_loss(method)(progress)(smooth, *batch)[0].item())
+        torch.manual_seed(7)
+        plain = smoothing_loss(smooth, *batch, draws=terms["draws"])[0].item()
+        torch.manual_seed(7)
+        full = smoothing_loss(smooth, *batch, **terms)[0].item()
+        assert values[0] == plain
+        assert values[2] == values[3] == full
+        assert (values[0] < values[1] < values[2]) == (method != "gaussian")
+
+
+def test_unknown_method_is_named():
+    with pytest.raises(ValueError, match="'macer'; use one of 'gaussian'"):
+        ramped_smoothing_loss("macer")
