@@ -5,6 +5,7 @@ saved, and catastrophic overfitting is reported. Writes models/adversarial_train
 results/adversarial_training_attacks.csv and figures.
 """
 
+from functools import partial
 from pathlib import Path
 
 from src.adversarial import (
@@ -18,7 +19,7 @@ from src.command_line import count, number, parse, provenance, run, script_parse
 from src.models import ConvNN
 from src.plotting import plot_held_out_robustness, plot_training
 from src.reports import report_attacks
-from src.training_and_evaluation import accuracy, train_model
+from src.training_and_evaluation import accuracy, adversarial_loss, trades_loss, train_model
 from src.utils import get_device, load_training_data, seed_everything, spread
 
 NAME, TITLE = "adversarial_training", "Adversarial training"
@@ -34,9 +35,13 @@ def main(argv=None):
         f"Adversarial training of ConvNN {args.channels} on {len(train):,} images, {device}: "
         f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
     )
-    attack = training_attack(args.attack, args.norm, steps=args.steps, seed=args.seed)
+    attack = training_attack(
+        args.attack, args.norm, steps=args.steps, stride=args.stride, seed=args.seed
+    )
+    loss = adversarial_loss if args.beta is None else partial(trades_loss, beta=args.beta)
     figures = Path(args.figures)
-    model = ConvNN(args.channels, args.hidden).to(device)
+    thresholds = None if args.no_thresholds else args.thresholds
+    model = ConvNN(args.channels, args.hidden, thresholds=thresholds).to(device)
     history = train_model(
         model,
         train,
@@ -44,7 +49,7 @@ def main(argv=None):
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=args.seed,
-        loss_schedule=ramped_adversarial_loss(attack, args.epsilon),
+        loss_schedule=ramped_adversarial_loss(attack, args.epsilon, loss=loss),
         watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),
         select="pgd",
     )
@@ -83,13 +88,27 @@ def main(argv=None):
 
 def option_parser():
     parser = script_parser(__doc__)
-    training_options(parser, epochs=12)
+    training_options(parser, epochs=12, hidden=100)
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
     parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, in pixel units")
     parser.add_argument(
         "--attack", choices=("gradient", "pgd"), default="gradient", help="used in training"
     )
     parser.add_argument("--steps", type=count(), default=7, help="of PGD in training")
+    parser.add_argument(
+        "--stride", type=number(), default=2.0, help="length of the single step, in epsilon"
+    )
+    parser.add_argument(
+        "--beta", type=number(), help="weight of the divergence in the TRADES loss; default: none"
+    )
+    parser.add_argument(
+        "--thresholds",
+        type=number(0, 1),
+        nargs=2,
+        default=[0.4, 0.6],
+        help="ends of the ramp that pixels pass first",
+    )
+    parser.add_argument("--no-thresholds", action="store_true", help="let pixels in as they are")
     return parser
 
 

@@ -11,7 +11,9 @@ from src.attacks import gradient_attack, pgd_attack, random_start_attack
 from src.training_and_evaluation import Loss, accuracy, adversarial_loss
 
 
-def training_attack(name: str, norm: str, *, steps: int, seed: int) -> Callable[..., Tensor]:
+def training_attack(
+    name: str, norm: str, *, steps: int, seed: int, stride: float = 1.25
+) -> Callable[..., Tensor]:
     """The attack of the inner maximum, (model, images, labels, epsilon) -> images.
 
     Args:
@@ -19,13 +21,27 @@ def training_attack(name: str, norm: str, *, steps: int, seed: int) -> Callable[
         norm: "linf" or "l2".
         steps: of PGD.
         seed: of the random starts.
+        stride: length of the single step, as a multiple of epsilon; from 2 on it ends, in linf,
+            in a corner of the ball wherever it starts.
 
     Raises:
         ValueError: for another name.
     """
     generator = torch.Generator().manual_seed(seed)
     if name == "gradient":
-        return partial(random_start_attack, norm=norm, generator=generator)
+
+        def single_step(model, images, labels, epsilon):
+            return random_start_attack(
+                model,
+                images,
+                labels,
+                epsilon,
+                norm,
+                step_size=stride * epsilon or None,
+                generator=generator,
+            )
+
+        return single_step
     if name == "pgd":
         return partial(pgd_attack, norm=norm, steps=steps, generator=generator)
     raise ValueError(f"'name' is {name!r}; use 'gradient' or 'pgd'.")

@@ -56,8 +56,10 @@ def script_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def training_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
-    """Add the options of the scripts that train."""
+def training_options(
+    parser: argparse.ArgumentParser, *, epochs: int, hidden: int | None = None
+) -> None:
+    """Add the options of the scripts that train, with the defaults given."""
     parser.add_argument("--epochs", type=count(), default=epochs, help="passes over the data")
     parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
     parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
@@ -65,7 +67,10 @@ def training_options(parser: argparse.ArgumentParser, *, epochs: int) -> None:
         "--channels", type=count(), nargs=2, default=[16, 32], help="widths of the convolutions"
     )
     parser.add_argument(
-        "--hidden", type=count(), help="width of a fully connected layer before the output"
+        "--hidden",
+        type=count(),
+        default=hidden,
+        help="width of a fully connected layer before the output",
     )
     parser.add_argument(
         "--held-out", type=count(), default=5000, help="training images kept aside for choices"
