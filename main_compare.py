@@ -16,8 +16,8 @@ from src.comparison import (
     report_comparison,
     smoothing_sigma,
 )
-from src.convnn import PRECISIONS, fastest_precision
 from src.files import lock_file
+from src.folded import PRECISIONS, fastest_precision
 from src.utils import get_device, load_mnist, seed_everything, subset
 
 

@@ -16,7 +16,7 @@ import time
 import numpy as np
 import torch
 
-from src.convnn import fastest_precision
+from src.folded import fastest_precision
 from src.models import ConvNN, SmoothClassifier
 from src.sampling import single_threaded_workers
 from src.utils import load_mnist, seed_everything

@@ -18,7 +18,8 @@ from src.certification import (
     required_probability,
 )
 from src.checks import check_count, check_images, check_number, evaluation_mode
-from src.convnn import PRECISIONS, ConvNN
+from src.convnn import ConvNN
+from src.folded import PRECISIONS
 from src.sampling import (
     IN_TURN,
     count_votes,

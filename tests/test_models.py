@@ -9,8 +9,8 @@ import torch
 from scipy.stats import kstest, norm
 from torch import nn
 
-from src import convnn
-from src.convnn import PRECISIONS, fastest_precision
+from src import folded
+from src.folded import PRECISIONS, fastest_precision
 from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
 from src.sampling import STAGES, block_seed, image_key
 
@@ -169,7 +169,7 @@ def test_bfloat16_form_rounds_features_but_not_logits(network):
     logits = forms[1](images)
     assert not torch.equal(logits, logits.bfloat16().float())
     for form in forms:
-        form.output = nn.Identity()
+        form.connected[-2].data, form.connected[-1].data = torch.eye(7), torch.zeros(7)
     exact, rounded = (form(images) for form in forms)
     assert torch.equal(rounded, rounded.bfloat16().float())
     # Eight bits, 2 ** -8 relative, in three layers whose terms partly cancel.
@@ -208,7 +208,7 @@ def test_the_faster_precision_is_chosen(network, monkeypatch, speed, expected):
     def rate(form, images, seconds):
         return 10.0 * speed if form.dtype == torch.bfloat16 else 10.0
 
-    monkeypatch.setattr(convnn, "_rate", rate)
+    monkeypatch.setattr(folded, "_rate", rate)
     assert fastest_precision(network) == expected
 
 
@@ -219,7 +219,19 @@ def test_rate_counts_calls_a_second():
             return images.flatten(1)
 
     # At most 100 a second by construction, however busy the machine.
-    assert 0 < convnn._rate(Slow(), torch.zeros(1, 1, 2, 2), 0.05) <= 100
+    assert 0 < folded._rate(Slow(), torch.zeros(1, 1, 2, 2), 0.05) <= 100
+
+
+@pytest.mark.parametrize("thresholds", [None, (0.25, 0.75)])
+def test_inference_form_has_the_gradients_of_the_network(network, thresholds):
+    network.thresholds = thresholds
+    images = images_of(6).requires_grad_()
+    weights = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    expected, found = (
+        torch.autograd.grad((model(images) * weights).sum(), images)[0]
+        for model in (network.eval(), network.inference_form())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 def test_inference_form_is_the_same_function_in_other_memory(network):
