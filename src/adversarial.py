@@ -86,7 +86,11 @@ def held_out_watch(
                 model, dataset, attack=partial(gradient_attack, epsilon=epsilon, norm=norm)
             ),
             "pgd": accuracy(
-                model, dataset, attack=partial(pgd_attack, epsilon=epsilon, norm=norm, steps=steps)
+                model,
+                dataset,
+                attack=partial(
+                    pgd_attack, epsilon=epsilon, norm=norm, steps=steps, early_stop=True
+                ),
             ),
         }
 

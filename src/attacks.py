@@ -18,8 +18,8 @@ from src.checks import (
     check_images,
     check_labels,
     check_number,
-    evaluation_mode,
 )
+from src.convnn import evaluation_form
 
 LOSSES = ("cross_entropy", "margin")
 
@@ -54,8 +54,8 @@ def gradient_attack(
     images = _checked(images, labels, epsilon, norm, clip)
     if epsilon == 0 or not len(images):
         return images.clone()
-    with evaluation_mode(model), torch.inference_mode(False):
-        _, _, gradient = _value_and_gradient(model, images, labels, "cross_entropy", targeted)
+    with torch.inference_mode(False), evaluation_form(model) as network:
+        _, _, gradient = _value_and_gradient(network, images, labels, "cross_entropy", targeted)
     project = _projection(images, epsilon, norm, clip)
     return project(images + epsilon * _direction(gradient, norm))
 
@@ -74,6 +74,7 @@ def pgd_attack(
     targeted: bool = False,
     clip: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    early_stop: bool = False,
 ) -> Tensor:
     """Projected gradient ascent (Madry et al., ICLR 2018), per image the worst point visited.
 
@@ -97,6 +98,8 @@ def pgd_attack(
         clip: range of the result.
         generator: source of the random starts, on the CPU; without it a private one with
             seed 0, so that the same call gives the same result.
+        early_stop: leave an image alone once it is misclassified. The same images fall, sooner;
+            the points returned for them are the first that were found, not the worst.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -113,19 +116,25 @@ def pgd_attack(
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
     starts = generator or torch.Generator().manual_seed(0)
     project = _projection(images, epsilon, norm, clip)
-    worst = _Worst(model, images, labels, loss, targeted)
-    with evaluation_mode(model), torch.inference_mode(False):
+    with torch.inference_mode(False), evaluation_form(model) as network:
+        worst = _Worst(network, images, labels, loss, targeted)
         gradient = worst.visit(images)
         single_step = project(images + epsilon * _direction(gradient, norm))
         for restart in range(restarts):
             if restart == 0 and generator is None:
                 points = single_step
             else:
+                # Drawn for all images, so that no image's start depends on which others stand.
                 points = project(images + _random_in_ball(images, epsilon, norm, starts))
+            chosen = worst.standing() if early_stop else slice(None)
+            points = points[chosen]
             for _ in range(steps):
-                gradient = worst.visit(points)
-                points = project(points + step_size * _direction(gradient, norm))
-            worst.visit(points, want_gradient=False)
+                gradient = worst.visit(points, chosen)
+                points = project(points + step_size * _direction(gradient, norm), chosen)
+                if early_stop:
+                    left = worst.standing(chosen)
+                    chosen, points = chosen[left], points[left]
+            worst.visit(points, chosen, want_gradient=False)
         if generator is not None:
             worst.visit(single_step, want_gradient=False)
     return worst.points
@@ -156,8 +165,8 @@ def random_start_attack(
     project = _projection(images, epsilon, norm, clip)
     generator = generator or torch.Generator().manual_seed(0)
     points = project(images + _random_in_ball(images, epsilon, norm, generator))
-    with evaluation_mode(model), torch.inference_mode(False):
-        _, _, gradient = _value_and_gradient(model, points, labels, "cross_entropy", False)
+    with torch.inference_mode(False), evaluation_form(model) as network:
+        _, _, gradient = _value_and_gradient(network, points, labels, "cross_entropy", False)
     return project(points + step_size * _direction(gradient, norm))
 
 
@@ -193,32 +202,41 @@ def attack_dataset(
 class _Worst:
     """The worst point visited so far, image by image."""
 
-    def __init__(self, model, images, labels, loss, targeted):
-        self.arguments = (labels, loss, targeted)
-        self.model = model
+    def __init__(self, network, images, labels, loss, targeted):
+        self.network, self.labels, self.how = network, labels, (loss, targeted)
         self.points = images.clone()
         self.value = images.new_full((len(images),), -torch.inf)
         self.success = torch.zeros(len(images), dtype=torch.bool, device=images.device)
 
-    def visit(self, points: Tensor, want_gradient: bool = True) -> Tensor | None:
-        """Keep `points` where they beat the worst so far; return the gradient there."""
+    def standing(self, chosen=slice(None)) -> Tensor:
+        """Positions among the `chosen` images of those that are not misclassified yet."""
+        return (~self.success[chosen]).nonzero()[:, 0]
+
+    def visit(self, points: Tensor, chosen=slice(None), want_gradient=True) -> Tensor | None:
+        """Keep `points`, of the `chosen` images, where they beat the worst so far.
+
+        Returns the gradient there, if it is wanted.
+        """
+        if not len(points):
+            return points
         value, success, gradient = _value_and_gradient(
-            self.model, points, *self.arguments, want_gradient
+            self.network, points, self.labels[chosen], *self.how, want_gradient
         )
-        better = (success & ~self.success) | ((success == self.success) & (value > self.value))
-        self.points = torch.where(better[:, None, None, None], points, self.points)
-        self.value = torch.where(better, value, self.value)
-        self.success = self.success | success
+        before, highest = self.success[chosen], self.value[chosen]
+        better = (success & ~before) | ((success == before) & (value > highest))
+        self.points[chosen] = torch.where(better[:, None, None, None], points, self.points[chosen])
+        self.value[chosen] = torch.where(better, value, highest)
+        self.success[chosen] = before | success
         return gradient
 
 
-def _value_and_gradient(model, points, labels, loss, targeted, want_gradient=True):
+def _value_and_gradient(network, points, labels, loss, targeted, want_gradient=True):
     """What the attacker maximises (B,), whether it succeeded (B,), and the gradient."""
     points = points.detach().clone().requires_grad_(want_gradient)
     # Autograd keeps the labels, and refuses those that were made in inference mode.
     labels = labels.clone()
     with torch.set_grad_enabled(want_gradient):
-        logits = model(points)
+        logits = network(points)
         if int(labels.max()) >= logits.shape[1]:
             raise ValueError(
                 f"'labels' has the class {int(labels.max())}, but the model has "
@@ -267,22 +285,22 @@ def _random_in_ball(images: Tensor, epsilon: float, norm: str, generator) -> Ten
     return (_direction(noise, "l2") * length[:, None, None, None]).to(images)
 
 
-def _projection(images: Tensor, epsilon: float, norm: str, clip) -> Callable[[Tensor], Tensor]:
-    """points -> the points of the ball around `images` within `clip` that are nearest to them."""
+def _projection(images: Tensor, epsilon: float, norm: str, clip) -> Callable[..., Tensor]:
+    """points, chosen -> the nearest points of the balls around the chosen images, within `clip`."""
     if norm == "linf":
         low = _inward(images, -epsilon).clamp(min=clip[0])
         high = _inward(images, epsilon).clamp(max=clip[1])
-        return lambda points: points.clamp(low, high)
+        return lambda points, chosen=slice(None): points.clamp(low[chosen], high[chosen])
     # The sum image + perturbation is rounded once more when it is stored: leave room for that.
     rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5 * max(map(abs, clip))
     radius = max(epsilon * (1 - 1e-6) - rounding, 0)
 
-    def project(points: Tensor) -> Tensor:
-        change = points - images
+    def project(points: Tensor, chosen=slice(None)) -> Tensor:
+        change = points - images[chosen]
         length = change.flatten(1).norm(dim=1)
         shrink = (radius / torch.where(length > radius, length, radius or 1)).clamp(max=1)
         # Clipping to a box that holds the image only moves the point closer to it.
-        return (images + shrink[:, None, None, None] * change).clamp(*clip)
+        return (images[chosen] + shrink[:, None, None, None] * change).clamp(*clip)
 
     return project
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from src.checks import check_count, check_number, evaluation_mode
+from src.checks import check_count, check_number
+from src.convnn import evaluation_form
 from src.models import ABSTAIN, SmoothClassifier
 
 
@@ -50,7 +51,7 @@ def smoothed_attack(
     start = torch.randn(images.shape, generator=generator).to(images)
     noise = torch.randn((draws, *images.shape), generator=generator).to(images) * smooth.sigma
     points = _within(images, images + radii * start, radii)
-    with evaluation_mode(smooth.base_classifier) as base:
+    with evaluation_form(smooth.base_classifier) as base:
         for _ in range(steps):
             points = points.detach().requires_grad_()
             logits = base((points + noise).flatten(0, 1)).unflatten(0, (draws, -1))

@@ -30,6 +30,12 @@ def check_images(images: Tensor, *, dims: tuple[int, ...] = (4,)) -> None:
         raise ValueError("'images' has values outside [0, 1] or NaN; scale the pixels to [0, 1].")
 
 
+def check_shape(images: Tensor) -> None:
+    """Raise ValueError unless `images` is of shape (B, 1, 28, 28)."""
+    if images.dim() != 4 or images.shape[1:] != (1, 28, 28):
+        raise ValueError(f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28).")
+
+
 def check_labels(labels: Tensor, count: int) -> None:
     """Raise ValueError unless `labels` is int64 of shape (count,) without negative values."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:

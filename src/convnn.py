@@ -1,12 +1,13 @@
 """The convolutional network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.checks import check_count
+from src.checks import check_count, check_shape, evaluation_mode
 from src.folded import FoldedConvNN, ramp
 
 
@@ -76,8 +77,7 @@ class ConvNN(nn.Module):
         Raises:
             ValueError: for another shape.
         """
-        if images.dim() != 4 or images.shape[1:] != (1, 28, 28):
-            raise ValueError(f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28).")
+        check_shape(images)
         images = ramp(images, self.thresholds)
         features = self.halve(F.relu(self.norm1(self.conv1(images))))
         features = self.halve(F.relu(self.norm2(self.conv2(features)))).flatten(1)
@@ -95,3 +95,17 @@ class ConvNN(nn.Module):
             ValueError: for another precision.
         """
         return FoldedConvNN(self, precision)
+
+
+@contextmanager
+def evaluation_form(model: nn.Module) -> Iterator[nn.Module]:
+    """The form in which a model is best evaluated: a ConvNN folded, another as it is.
+
+    The other is in evaluation mode until the block ends, see `evaluation_mode`.
+    """
+    # A subclass may do anything in its forward pass, and folding is for float32.
+    if type(model) is ConvNN and model.output.weight.dtype == torch.float32:
+        yield model.inference_form()
+        return
+    with evaluation_mode(model):
+        yield model

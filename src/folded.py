@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from src.checks import check_shape
+
 # In which the folded network may run. The float32 results are those of the network itself up to
 # the order of additions; in bfloat16 it is another classifier, with certificates of its own.
 PRECISIONS = ("float32", "bfloat16")
@@ -54,6 +56,7 @@ class FoldedConvNN(nn.Module):
             self.connected += [_constant(weight.to(dtype).contiguous()), _constant(bias.to(dtype))]
 
     def forward(self, images: Tensor) -> Tensor:
+        check_shape(images)
         images = ramp(images, self.thresholds).to(self.dtype)
         features = _FirstConvolution.apply(
             images, self.kernel1, self.bias1, self.reverse1, self.stride

@@ -28,7 +28,7 @@ def attacks(steps: int = 40) -> dict[str, Callable]:
     return {
         "single step": gradient_attack,
         # From the single step and from a random point: each start is the weaker one somewhere.
-        f"2x PGD-{steps}": partial(pgd_attack, steps=steps, restarts=2),
+        f"2x PGD-{steps}": partial(pgd_attack, steps=steps, restarts=2, early_stop=True),
     }
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.checks import evaluation_mode
+from src.convnn import evaluation_form
 from src.models import SmoothClassifier
 from src.training_and_evaluation import Loss
 
@@ -73,8 +73,8 @@ def _ascend(base, images, labels, noise, epsilon) -> Tensor:
     """Images moved by `epsilon` up the loss of the mean prediction, and back into [0, 1]."""
     points = images.clone().requires_grad_()
     # Evaluation mode: with the statistics of the batch, images would attack one another.
-    with evaluation_mode(base):
-        mean_log = F.log_softmax(_at(base, points, noise), dim=2).logsumexp(dim=0)
+    with evaluation_form(base) as network:
+        mean_log = F.log_softmax(_at(network, points, noise), dim=2).logsumexp(dim=0)
         (gradient,) = torch.autograd.grad(F.nll_loss(mean_log, labels, reduction="sum"), points)
     length = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
     return (images + epsilon * gradient / length).clamp(0, 1)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from src.checks import check_count, check_number, evaluation_mode
+from src.checks import check_count, check_number
+from src.convnn import evaluation_form
 from src.models import SmoothClassifier
 from src.utils import subset
 
@@ -260,13 +261,13 @@ def correct(
     check_count("batch_size", batch_size)
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = []
-    with evaluation_mode(model):
+    with evaluation_form(model) as network:
         for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
             images, labels = images.to(device), labels.to(device)
             if attack is not None:
                 images = attack(model, images, labels)
             with torch.no_grad():
-                hits.append((model(images).argmax(dim=1) == labels).cpu())
+                hits.append((network(images).argmax(dim=1) == labels).cpu())
     return torch.cat(hits)
 
 

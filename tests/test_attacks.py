@@ -485,3 +485,43 @@ def test_bad_arguments_are_named(attack, epsilon):
                 continue
             with pytest.raises(ValueError, match=f"'{name}'"):
                 attack(Linear(10), **arguments)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_stopping_early_breaks_the_same_images(norm, loss, seeded):
+    # In float64: another batch size rounds otherwise, and must not decide over an image.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10)).double()
+    images, _ = random_batch(200)
+    images = images.double()
+    labels = model(images).argmax(dim=1)
+    epsilon = {"linf": 0.03, "l2": 0.5}[norm]
+    seen, found = [], []
+    hook = model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    for early_stop in (False, True):
+        found.append(
+            pgd_attack(
+                model,
+                images,
+                labels,
+                epsilon,
+                norm,
+                steps=8,
+                restarts=3,
+                loss=loss,
+                generator=torch.Generator().manual_seed(5) if seeded else None,
+                early_stop=early_stop,
+            )
+        )
+        seen.append(0)
+    hook.remove()
+    broken = [model(points).argmax(dim=1) != labels for points in found]
+    assert 20 < broken[0].sum() < 180
+    assert torch.equal(*broken)
+    # What still stands was pushed to the same worst point; what fell cost no more steps.
+    standing = ~broken[0]
+    torch.testing.assert_close(found[0][standing], found[1][standing], rtol=0, atol=1e-9)
+    first = seen.index(0)
+    assert sum(seen[first:]) < 0.8 * sum(seen[:first])
