@@ -16,6 +16,7 @@ from src.adversarial import (
 )
 from src.checkpoints import save_checkpoint
 from src.command_line import count, number, parse, provenance, run, script_parser, training_options
+from src.distributed import is_main, own_seed
 from src.models import ConvNN
 from src.plotting import plot_held_out_robustness, plot_training
 from src.reports import report_attacks
@@ -36,7 +37,7 @@ def main(argv=None):
         f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
     )
     attack = training_attack(
-        args.attack, args.norm, steps=args.steps, stride=args.stride, seed=args.seed
+        args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
     )
     loss = adversarial_loss if args.beta is None else partial(trades_loss, beta=args.beta)
     figures = Path(args.figures)
@@ -53,6 +54,8 @@ def main(argv=None):
         watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),
         select="pgd",
     )
+    if not is_main():
+        return
     facts = provenance(Path(__file__).stem, args, argv) | {
         "seconds": history["epochs"][-1]["seconds"]
     }

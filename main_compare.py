@@ -12,10 +12,13 @@ from src.comparison import (
     attack_models,
     certify_models,
     challenge_models,
+    drop_shards,
     load_models,
+    merge_shards,
     report_comparison,
     smoothing_sigma,
 )
+from src.distributed import from_main, is_main, processes, rank, restarted, wait_for_all
 from src.files import lock_file
 from src.folded import PRECISIONS, fastest_precision
 from src.utils import get_device, load_mnist, seed_everything, subset
@@ -29,23 +32,24 @@ def main(argv=None):
     seed_everything(args.seed)
     test = load_mnist("test", args.data)
     indices = range(0, len(test), args.every)
-    part, parts = args.shard or (1, 1)
+    if args.shard and processes() > 1:
+        raise ValueError("Give either --shard or several processes of torchrun, not both.")
+    shard = args.shard or (rank() + 1, processes())
     models = load_models(args.models, device)
     sigma = args.sigma or smoothing_sigma(models["smoothed"])
     precision = args.precision
     if precision == "auto":
-        precision = fastest_precision(models["smoothed"])
+        precision = from_main(lambda: fastest_precision(models["smoothed"]))
     facts = provenance(Path(__file__).stem, args, argv)
 
-    suffix = f".shard-{part}-of-{parts}" if args.shard else ""
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     # One run at a time: tables and figures must be of the rows that lie beside them.
-    with lock_file(results / f"comparison{suffix}"):
+    with lock_file(results / f"comparison-{shard[0]}-of-{shard[1]}"):
         certificates = certify_models(
             models,
             test,
-            indices[part - 1 :: parts],
+            indices,
             sigma=sigma,
             n0=args.n0,
             n=args.n,
@@ -54,11 +58,14 @@ def main(argv=None):
             precision=precision,
             results=results,
             facts=facts,
-            resume=args.resume,
-            suffix=suffix,
+            resume=args.resume or restarted(),
+            shard=shard,
         )
-        if args.shard:
+        wait_for_all()
+        if args.shard or not is_main():
             return
+        if processes() > 1:
+            certificates = merge_shards(models, results, processes())
         tables, curves = attack_models(models, subset(test, indices), steps=args.steps)
         report_comparison(
             tables,
@@ -80,6 +87,8 @@ def main(argv=None):
                 images=args.challenge,
                 seed=args.seed,
             )
+        if processes() > 1:
+            drop_shards(models, results, processes())
         print(f"\nFigures in {args.figures}/, rows in {args.results}/")
 
 

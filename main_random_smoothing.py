@@ -9,6 +9,7 @@ from pathlib import Path
 
 from src.checkpoints import save_checkpoint
 from src.command_line import number, parse, provenance, run, script_parser, training_options
+from src.distributed import is_main
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import plot_training
 from src.reports import report_smoothing
@@ -48,6 +49,8 @@ def main(argv=None):
         # One noisy draw per image: what the smoothed classifier averages over.
         watch=lambda model: {"clean": accuracy(model, held_out)},
     )
+    if not is_main():
+        return
     facts = provenance(Path(__file__).stem, args, argv) | {
         "sigma": args.sigma,
         "seconds": history["epochs"][-1]["seconds"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from src.checkpoints import save_checkpoint
 from src.command_line import parse, provenance, run, script_parser, training_options
+from src.distributed import is_main
 from src.models import ConvNN
 from src.plotting import plot_training
 from src.reports import report_attacks
@@ -35,6 +36,8 @@ def main(argv=None):
         seed=args.seed,
         watch=lambda model: {"clean": accuracy(model, held_out)},
     )
+    if not is_main():
+        return
     facts = provenance(Path(__file__).stem, args, argv) | {
         "seconds": history["epochs"][-1]["seconds"]
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from src.distributed import process_group, report_failure
 from src.files import check_writable
 from src.utils import get_device
 
@@ -117,16 +118,18 @@ def share(text: str) -> tuple[int, int]:
 
 
 def run(main: Callable[[], None], *, interrupted: str = "") -> None:
-    """Call a script's `main`; an expected error becomes one sentence and exit status 1.
+    """Call a script's `main`, alone or as one of torchrun's processes.
 
-    `interrupted` is what to say after Ctrl-C, which gives exit status 130.
+    An expected error becomes one sentence and exit status 1; `interrupted` is what to say after
+    Ctrl-C, which gives exit status 130.
     """
     try:
-        main()
+        with process_group():
+            main()
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        report_failure(str(error))
     except KeyboardInterrupt:
         print(f"\nInterrupted. {interrupted}".rstrip(), file=sys.stderr)
         sys.exit(130)

@@ -1,13 +1,14 @@
 """The comparison of several models: attacks, certificates, tables and figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch.utils.data import TensorDataset
 
-from src.certificates import record_certificates, write_rows
+from src.certificates import read_rows, record_certificates, write_rows
 from src.challenge import broken_allowed, challenge_certificates
 from src.checkpoints import load_checkpoint
+from src.distributed import is_main
 from src.files import write_json
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import (
@@ -18,6 +19,7 @@ from src.plotting import (
 )
 from src.redraw import certificate_settings
 from src.robustness import attack_table, epsilon_curves
+from src.shards import merge
 from src.tables import certificate_lines, format_table, percent, population_lines, round_down
 from src.training_and_evaluation import accuracy, evaluate_robustness
 from src.utils import subset
@@ -87,14 +89,18 @@ def certify_models(
     results: str | Path,
     facts: Mapping,
     resume: bool,
-    suffix: str = "",
+    shard: tuple[int, int] = (1, 1),
 ) -> dict[str, list[dict]]:
     """Certify each model, smoothed with the same noise, on the same images; see `certify`.
 
-    Rows go to results/certificates_<model><suffix>.csv as they are finished, `resume` takes up
-    those of an interrupted run; see `record_certificates`. Returns {model: rows}.
+    Of the images only the k-th of n parts is taken if `shard` is (k, n). Rows go to
+    results/certificates_<model>.csv, or .shard-k-of-n.csv, as they are finished; `resume` takes
+    up those of an interrupted run, see `record_certificates`. Returns {model: rows}.
     """
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
+    part, parts = shard
+    indices = indices[part - 1 :: parts]
+    of = {"shard": f"{part}/{parts}"} if parts > 1 else {}
     rows = {}
     for name, model in models.items():
         print(f"Certifying the {name} model at sigma = {sigma:g}, n = {n:,}, alpha = {alpha:g}")
@@ -102,14 +108,41 @@ def certify_models(
         print(f"Its accuracy on all clean test images, in {precision}: {clean:.2%}")
         smooth = SmoothClassifier(model, sigma, precision=precision)
         rows[name] = record_certificates(
-            Path(results) / f"certificates_{name}{suffix}.csv",
+            _certificates(results, name, shard),
             indices,
-            lambda left, smooth=smooth: evaluate_robustness(smooth, test, **settings, indices=left),
-            certificate_settings(smooth, test, **settings),
+            lambda left, smooth=smooth: evaluate_robustness(
+                smooth, test, **settings, indices=left, progress=is_main()
+            ),
+            certificate_settings(smooth, test, **settings) | of,
             {**facts, "clean_accuracy": clean},
             resume=resume,
         )
     return rows
+
+
+def merge_shards(models: Iterable[str], results: str | Path, parts: int) -> dict[str, list[dict]]:
+    """Put together what `parts` processes certified of each model; returns {model: rows}."""
+    rows = {}
+    for name in models:
+        path = _certificates(results, name)
+        merge(path, [_certificates(results, name, (k + 1, parts)) for k in range(parts)])
+        rows[name] = read_rows(path)
+    return rows
+
+
+def drop_shards(models: Iterable[str], results: str | Path, parts: int) -> None:
+    """Delete the shards that `merge_shards` put together."""
+    for name in models:
+        for k in range(parts):
+            shard = _certificates(results, name, (k + 1, parts))
+            shard.unlink(missing_ok=True)
+            shard.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _certificates(results: str | Path, name: str, shard: tuple[int, int] = (1, 1)) -> Path:
+    """The file of a model's certificates, or of the k-th of n parts of them."""
+    part = ".shard-{}-of-{}".format(*shard) if shard[1] > 1 else ""
+    return Path(results) / f"certificates_{name}{part}.csv"
 
 
 def challenge_models(

@@ -32,7 +32,7 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
 
     Raises:
         OSError: if a file is missing.
-        ValueError: if a shard is damaged or of another run, or an index appears twice.
+        ValueError: if a shard is damaged, of another run or missing, or an index appears twice.
     """
     path = Path(path)
     twins, rows = [], []
@@ -43,6 +43,7 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
         if _shared(twins[-1]) != _shared(twins[0]):
             raise ValueError(f"{shard} cannot be merged: it is of another run than {shards[0]}.")
         rows += read_rows(shard)
+    _check_complete([twin["settings"].get("shard") for twin in twins])
     rows.sort(key=lambda row: int(row["index"]))
     indices = [int(row["index"]) for row in rows]
     twice = sorted({a for a, b in itertools.pairwise(indices) if a == b})
@@ -62,4 +63,14 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
 
 def _shared(twin: Mapping) -> dict:
     """The settings that the shards of one run have in common."""
-    return {key: value for key, value in twin["settings"].items() if key != "indices"}
+    return {k: v for k, v in twin["settings"].items() if k not in ("indices", "shard")}
+
+
+def _check_complete(given: Sequence[str | None]) -> None:
+    """Raise ValueError unless these are the shards 1/n to n/n."""
+    parts = (given[0] or "/").partition("/")[2]
+    if not parts:
+        raise ValueError("The shards cannot be merged: they do not say which part they are.")
+    missing = sorted({f"{k + 1}/{parts}" for k in range(int(parts))} - set(given))
+    if missing:
+        raise ValueError(f"The shards cannot be merged: {', '.join(missing)} is missing.")

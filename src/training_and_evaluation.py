@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from src import distributed
 from src.checks import check_count, check_number
 from src.convnn import evaluation_form
 from src.models import SmoothClassifier
@@ -76,7 +77,8 @@ def train_model(
     """Train in place with AdamW on one cycle of the learning rate (Smith, 2018).
 
     The model ends with the running average of its weights (Polyak and Juditsky, 1992), in
-    evaluation mode; or with those of the best epoch, if `select` is given.
+    evaluation mode; or with those of the best epoch, if `select` is given. Started by torchrun,
+    the processes share each batch and end with the same weights.
 
     Args:
         model: images -> logits (B, classes).
@@ -109,15 +111,25 @@ def train_model(
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))
+    if batch_size % distributed.processes():
+        raise ValueError(
+            f"'batch_size' = {batch_size} must be a multiple of the number of processes, "
+            f"{distributed.processes()}."
+        )
+    if not distributed.is_main():
+        # Noise of its own: the first process has that of a run alone.
+        torch.manual_seed(distributed.own_seed(seed))
     updates = epochs * (len(dataset) // batch_size)
     model.to(device or next(model.parameters()).device)
+    distributed.share_weights(model)
     update = _updater(model, updates, learning_rate, weight_decay)
     averaged = copy.deepcopy(model).eval()
     history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
     best_figure, best_state = -math.inf, None
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    with tqdm(total=updates, desc="training", unit="step", disable=not progress) as bar:
+    hidden = not (progress and distributed.is_main())
+    with tqdm(total=updates, desc="training", unit="step", disable=hidden) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
             steps = []
@@ -129,7 +141,8 @@ def train_model(
                 _average(averaged, model, min(averaging, (done + 1) / (done + 10)))
                 bar.update()
             row = _epoch_row(history, epoch, torch.stack(steps))
-            row |= {"seconds": time.perf_counter() - start} | (watch(averaged) if watch else {})
+            row |= {"seconds": time.perf_counter() - start}
+            row |= distributed.from_main(lambda: watch(averaged)) if watch else {}
             history["epochs"].append(row)
             if select and select not in row:
                 raise ValueError(f"'select' is {select!r}, which 'watch' does not return.")
@@ -160,9 +173,10 @@ _QUIET = ("epoch", "seconds")
 def _updater(model: nn.Module, updates: int, learning_rate: float, weight_decay: float):
     """A function (loss, images, labels) -> (loss, accuracy) that updates the model once."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    # One step more than there are updates: the cycle's last learning rate is zero.
+    # One step more than there are updates: the cycle's last learning rate is zero. Its rise takes
+    # a fifth; of a handful of updates a little more, or the schedule would divide by zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, updates + 1, pct_start=0.2
+        optimizer, learning_rate, updates + 1, pct_start=max(0.2, 1.5 / (updates + 1))
     )
     device = next(model.parameters()).device
 
@@ -171,6 +185,11 @@ def _updater(model: nn.Module, updates: int, learning_rate: float, weight_decay:
         value, logits = loss(model, images.to(device), labels)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
+        # By hand: the losses call the network more than once and in several forms, for which
+        # DistributedDataParallel is not made. The statistics of batch normalisation are each
+        # process's own in the forward pass, and averaged in what evaluation uses.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        distributed.average(gradients + [b for b in model.buffers() if b.is_floating_point()])
         optimizer.step()
         schedule.step()
         hits = (logits.detach().argmax(dim=1) == labels).float().mean()
@@ -180,11 +199,13 @@ def _updater(model: nn.Module, updates: int, learning_rate: float, weight_decay:
 
 
 def _shuffled(dataset, batch_size, shift, generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in random order, each image moved by up to `shift` pixels."""
+    """This process's share of batches in random order, images moved by up to `shift` pixels."""
+    share = slice(distributed.rank(), None, distributed.processes())
     images, labels = dataset.tensors
     order = torch.randperm(len(images), generator=generator)
     for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
-        yield random_shift(images[chosen], shift, generator), labels[chosen]
+        # Shifts are drawn for the whole batch: the same whatever the number of processes.
+        yield random_shift(images[chosen], shift, generator)[share], labels[chosen][share]
 
 
 def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
@@ -213,6 +234,7 @@ def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
 
 def _epoch_row(history: dict, epoch: int, steps: Tensor) -> dict:
     """Add the updates (steps, 2) of an epoch to the history and return their means."""
+    distributed.average([steps])
     history["step_loss"] += steps[:, 0].tolist()
     history["step_accuracy"] += steps[:, 1].tolist()
     loss, hits = steps.mean(dim=0).tolist()

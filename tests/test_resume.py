@@ -223,7 +223,8 @@ def test_unfinished_run_does_not_verify(finished):
 def test_merged_shards_are_what_one_process_writes(finished, tmp_path):
     shards = [tmp_path / f"rows.shard-{k}-of-3.csv" for k in (1, 2, 3)]
     for k, shard in enumerate(shards):
-        record_certificates(shard, INDICES[k::3], certify, SETTINGS, {"shard": k})
+        settings = SETTINGS | {"shard": f"{k + 1}/3"}
+        record_certificates(shard, INDICES[k::3], certify, settings, {})
     merged = tmp_path / "merged.csv"
     assert merge(merged, shards[::-1]) == len(INDICES)
     assert merged.read_bytes() == finished.read_bytes()
@@ -231,7 +232,11 @@ def test_merged_shards_are_what_one_process_writes(finished, tmp_path):
     record_certificates(merged, INDICES, lambda left: 1 / 0, SETTINGS, {}, resume=True)
     with pytest.raises(ValueError, match="is in two of them"):
         merge(merged, [*shards, shards[0]])
-    record_certificates(shards[1], INDICES[1::3], certify, SETTINGS | {"precision": "x"}, {})
+    for given, problem in ((shards[:2], "3/3 is missing"), ([finished], "which part")):
+        with pytest.raises(ValueError, match=problem):
+            merge(merged, given)
+    settings = SETTINGS | {"shard": "2/3", "precision": "x"}
+    record_certificates(shards[1], INDICES[1::3], certify, settings, {})
     with pytest.raises(ValueError, match="another run"):
         merge(merged, shards)
     assert merged.read_bytes() == finished.read_bytes()

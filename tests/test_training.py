@@ -77,6 +77,12 @@ def test_adversarial_loss_is_the_standard_loss_at_the_attacked_images(name):
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("updates", range(1, 9))
+def test_any_small_number_of_updates_will_do(updates):
+    history = train_model(linear(), halves(4), epochs=updates, batch_size=4, progress=False)
+    assert len(history["step_loss"]) == updates
+
+
 @pytest.mark.parametrize("averaging", [0, 0.995])
 def test_training_learns_and_its_history_has_a_row_an_update(averaging):
     dataset, model = halves(250), linear().eval()
