@@ -182,9 +182,20 @@ def tight_bounds(counts, selected, trials, alpha):
     # The bound grows with the count, so the rival with most votes has the largest.
     best_rival = np.where(is_selected, -1, counts).max(axis=-1)
     top = np.where(is_selected, counts, -1).max(axis=-1)
-    p_lower = lower_confidence_bound(top, trials, alpha / 2)
-    rivals = counts.shape[-1] - 1
-    p_upper = upper_confidence_bound(best_rival, trials, alpha / 2 / rivals)
+    return two_sided_bounds(top, best_rival, trials, alpha, counts.shape[-1])
+
+
+def two_sided_bounds(top_count, rival_count, trials, alpha, num_classes):
+    """`tight_bounds` out of the votes of the selected class and of its strongest rival alone.
+
+    Args:
+        top_count, rival_count: whole numbers, together at most `trials`.
+        trials: draws in all.
+        alpha: in (0, 1).
+        num_classes: K, of which K - 1 are rivals.
+    """
+    p_lower = lower_confidence_bound(top_count, trials, alpha / 2)
+    p_upper = upper_confidence_bound(rival_count, trials, alpha / 2 / (num_classes - 1))
     return p_lower, np.minimum(p_upper, np.nextafter(1.0 - p_lower, 2.0))[()]
 
 

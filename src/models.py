@@ -1,6 +1,6 @@
 """The network `ConvNN`, and the classifier obtained by smoothing it with Gaussian noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +16,8 @@ from src.certification import (
     lower_confidence_bound,
     minimum_successes,
     required_probability,
+    two_sided_bounds,
+    two_sided_radius,
 )
 from src.checks import check_count, check_images, check_number, evaluation_mode
 from src.convnn import ConvNN
@@ -27,7 +29,14 @@ from src.sampling import (
     running_votes,
     single_threaded_workers,
 )
-from src.stopping import CERTIFY, CONTINUE, look_schedule, mixture_decision
+from src.stopping import (
+    CERTIFY,
+    CONTINUE,
+    is_settled,
+    look_schedule,
+    mixture_decision,
+    staged_looks,
+)
 
 ABSTAIN = -1
 
@@ -39,6 +48,9 @@ class Certificate(NamedTuple):
     radius: Tensor  # float64, l2 in pixel units, 0 when abstaining
     top_count: Tensor  # int64, votes of the selected class among the n
     p_lower: Tensor  # float64, lower confidence bound of that class's probability
+    rival_count: Tensor  # int64, most votes of any other class
+    radius_two_sided: Tensor  # float64, a certificate of its own from the same votes
+    samples: Tensor  # int64, the n behind counts and bounds: fewer if it stopped early
 
 
 class RadiusDecision(NamedTuple):
@@ -125,8 +137,8 @@ class SmoothClassifier(nn.Module):
         check_count("n", n)
         check_open_unit("alpha", alpha)
         predictions = []
-        for count in self._votes(images, {"predict": n}, batch_size, seed, indices):
-            (second, first), leader = _two_largest(count["predict"])
+        for poll in self._polls(images, batch_size, seed, indices):
+            (second, first), leader = _two_largest(poll("predict", n))
             decided = abstain_p_value(first, second) <= alpha
             predictions.append(leader if decided else ABSTAIN)
         return _as_batch(torch.tensor(predictions, dtype=torch.int64), images)
@@ -141,12 +153,19 @@ class SmoothClassifier(nn.Module):
         batch_size: int | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        stop: str = "fixed",
+        tolerance: float = 0.05,
     ) -> Certificate:
         """Certified l2 radius of the smoothed prediction (CERTIFY, Cohen et al., ICML 2019).
 
         `n0` noisy copies choose the class; `n` fresh ones bound its probability from below.
         For each image alone, over the draws of noise, the chance of returning a radius within
         which the smoothed prediction changes is at most `alpha`.
+
+        `radius_two_sided` bounds every rival class from above as well and splits `alpha` between
+        them (equation 3 there; see `tight_bounds`). Its guarantee is as good, and apart from the
+        plain one's: whoever takes the larger of the two for an image must double `alpha`. It is
+        0 where the plain certificate abstains.
 
         Args:
             images: (B, 1, 28, 28) or (1, 28, 28), pixels in [0, 1].
@@ -156,6 +175,9 @@ class SmoothClassifier(nn.Module):
             batch_size: at most so many copies pass through the network at once.
             seed: of the noise.
             indices: numbers of the images in their data set; default: their position here.
+            stop: "fixed" draws all of `n`; "auto" looks now and then, at a price out of `alpha`,
+                and leaves an image whose radius will not grow much (`src/stopping.py`).
+            tolerance: what "auto" considers not much, in units of sigma.
 
         Returns:
             Certificate of tensors (B,), zero-dimensional for one image.
@@ -166,17 +188,35 @@ class SmoothClassifier(nn.Module):
         """
         check_count("n0", n0)
         check_count("n", n)
+        check_number("tolerance", tolerance)
         minimum_successes(n, alpha)  # Refuses an n that could not certify anything.
-        stages = {"select": n0, "estimate": n}
-        votes = list(self._votes(images, stages, batch_size, seed, indices))
-        # Fresh draws: bounding the counts that chose the class would bias p_A upwards.
-        top = [int(count["select"].argmax()) for count in votes]
-        top_count = np.array([int(c["estimate"][t]) for c, t in zip(votes, top, strict=True)], int)
-        p_lower = np.asarray(lower_confidence_bound(top_count, n, alpha), float)
-        radius = np.asarray(certified_radius(p_lower, self.sigma), float)
-        prediction = np.where(p_lower > 0.5, np.array(top, int), ABSTAIN)
-        fields = (prediction, radius, top_count, p_lower)
+        if stop not in ("fixed", "auto"):
+            raise ValueError(f"'stop' is {stop!r}; use 'fixed' or 'auto'.")
+        looks, levels = staged_looks(n, alpha) if stop == "auto" else ((n,), (alpha,))
+        rows = []
+        for poll in self._polls(images, batch_size, seed, indices):
+            # Fresh draws: bounding the counts that chose the class would bias p_A upwards.
+            top = int(poll("select", n0).argmax())
+            counts, drawn = np.zeros(self.num_classes, int), 0
+            for look, level in zip(looks, levels, strict=True):
+                counts += poll("estimate", look, start=drawn)
+                drawn = look
+                if look == n or is_settled(int(counts[top]), look, looks, levels, tolerance):
+                    rows.append((top, *self._bounded(counts, top, look, level), look))
+                    break
+        columns = zip(*rows, strict=True) if rows else [()] * 7
+        kinds = (int, float, int, float, int, float, int)
+        fields = [np.array(c, kind) for c, kind in zip(columns, kinds, strict=True)]
+        fields[0][fields[3] <= 0.5] = ABSTAIN
         return Certificate(*(_as_batch(torch.from_numpy(f), images) for f in fields))
+
+    def _bounded(self, counts: np.ndarray, top: int, n: int, alpha: float) -> tuple:
+        """radius, top_count, p_lower, rival_count and radius_two_sided out of the votes."""
+        p_lower = lower_confidence_bound(counts[top], n, alpha)
+        rival = int(np.delete(counts, top).max())
+        bounds = two_sided_bounds(counts[top], rival, n, alpha, self.num_classes)
+        two_sided = two_sided_radius(*bounds, self.sigma) if p_lower > 0.5 else 0.0
+        return certified_radius(p_lower, self.sigma), counts[top], p_lower, rival, two_sided
 
     def certify_radius(
         self,
@@ -250,18 +290,20 @@ class SmoothClassifier(nn.Module):
         images = images.to(self._device(images), torch.float32)
         return [(i, image_key(seed, int(index))) for i, index in zip(images, indices, strict=True)]
 
-    def _votes(self, images, stages: dict[str, int], batch_size, seed, indices):
-        """Yield, image by image, the votes (num_classes,) of each stage: {stage: counts}."""
+    def _polls(self, images, batch_size, seed, indices) -> Iterator[Callable[..., np.ndarray]]:
+        """Yield for each image a function (stage, n, start=0) -> votes (num_classes,)."""
         if batch_size is not None:
             check_count("batch_size", batch_size)
         keyed = self._keyed(images, seed, indices)
         with self._voters(images) as (network, workers):
-            poll = partial(count_votes, network, batch_size=batch_size, workers=workers)
+            votes = partial(count_votes, network, batch_size=batch_size, workers=workers)
             for image, key in keyed:
-                yield {
-                    stage: poll(image, n, self.sigma, self.num_classes, (key, stage))
-                    for stage, n in stages.items()
-                }
+
+                def poll(stage, n, start=0, image=image, key=key):
+                    stream = (key, stage)
+                    return votes(image, n, self.sigma, self.num_classes, stream, start=start)
+
+                yield poll
 
     def _device(self, images: Tensor) -> torch.device:
         """Where the base classifier is; where the images are if it has no parameters."""

@@ -33,6 +33,7 @@ def count_votes(
     stream: tuple[int, str],
     batch_size: int | None = None,
     workers: Workers = IN_TURN,
+    start: int = 0,
 ) -> np.ndarray:
     """Votes of `network` on `n` copies of one image under Gaussian noise.
 
@@ -48,6 +49,7 @@ def count_votes(
         stream: `image_key` and one of `STAGES`, which determine the noise.
         batch_size: at most so many copies pass through the network at once.
         workers: who shares the blocks of noise.
+        start: leave out the first so many copies, a multiple of 2,048.
 
     Returns:
         int64 (num_classes,); a NaN among the logits is a vote for none of them.
@@ -56,8 +58,8 @@ def count_votes(
         ValueError: if the network returns logits of another shape.
     """
     size = _block_size(image.device)
-    blocks = range(-(-n // size))
-    shares = [blocks[start :: workers.number] for start in range(workers.number)]
+    blocks = range(start // size, -(-n // size))
+    shares = [blocks[first :: workers.number] for first in range(workers.number)]
 
     def vote(share: range) -> np.ndarray:
         counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=image.device)

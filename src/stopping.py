@@ -13,6 +13,7 @@ import numpy as np
 from scipy import special
 
 from src.certification import (
+    certified_radius,
     check_counts,
     check_open_unit,
     check_whole,
@@ -195,3 +196,38 @@ def _is_futile(successes, trials, final, max_n):
     """
     unreachable = successes + (max_n - trials) < final
     return unreachable | (upper_confidence_bound(successes, trials, FUTILITY) < final / max_n)
+
+
+def staged_looks(n, alpha):
+    """Counts at which a staged certificate may end, and what each spends of `alpha`.
+
+    They double from 2,048, which whole blocks of noise add up to; the last is `n` and has half
+    of `alpha`, the others share the rest evenly. A union bound: whatever makes one stop, the
+    chance that the bound at that look is wrong is at most `alpha`.
+
+    Returns:
+        (looks, levels), tuples of ints and of floats that add up to `alpha`.
+    """
+    looks = [2048 * 2**k for k in range(40) if 2048 * 2**k < n / 1.5]
+    if not looks:
+        return (n,), (alpha,)
+    return (*looks, n), (*[alpha / 2 / len(looks)] * len(looks), alpha / 2)
+
+
+def is_settled(successes, trials, looks, levels, tolerance):
+    """Whether the draws still to come are not expected to add more than `tolerance` sigma.
+
+    Compares the radius now with that at the last look if the votes go on as they went. So an
+    image that is on its way to abstain is settled.
+
+    Args:
+        successes: votes for the selected class at this look.
+        trials: the look, one of `looks`.
+        looks, levels: from `staged_looks`.
+        tolerance: in units of sigma.
+    """
+    level = levels[looks.index(trials)]
+    now = certified_radius(lower_confidence_bound(successes, trials, level), 1.0)
+    expected = successes * looks[-1] // trials
+    end = certified_radius(lower_confidence_bound(expected, looks[-1], levels[-1]), 1.0)
+    return bool(end - now <= tolerance)

@@ -4,12 +4,19 @@ import json
 import time
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest, norm
 from torch import nn
 
 from src import folded
+from src.certification import (
+    certified_radius,
+    lower_confidence_bound,
+    two_sided_bounds,
+    two_sided_radius,
+)
 from src.folded import PRECISIONS, fastest_precision
 from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
 from src.sampling import STAGES, block_seed, image_key
@@ -317,7 +324,11 @@ def test_a_nan_is_a_vote_against_every_class(loser):
     def certify(loser):
         return SmoothClassifier(FirstPixel(0.9, loser=loser), 1.0, 3).certify(GREY, n=500)
 
-    assert equal(certify(loser), certify((0.0, 1.0, 0.0)))
+    void, voted = certify(loser), certify((0.0, 1.0, 0.0))
+    assert equal(void[:4], voted[:4])
+    # Void votes help no rival.
+    assert void.rival_count <= voted.rival_count == 500 - voted.top_count
+    assert void.radius_two_sided >= voted.radius_two_sided
 
 
 @pytest.mark.parametrize("other", [(torch.nan, 0.0), (torch.nan, torch.nan)])
@@ -325,7 +336,7 @@ def test_nothing_but_nans_abstains(other):
     smooth = SmoothClassifier(Halfspace(GREY, 0.0, other), 0.5, 3)
     certificate = smooth.certify(images_of(2), n=200)
     assert certificate.prediction.tolist() == [ABSTAIN] * 2
-    assert all((values == 0).all() for values in certificate[1:])
+    assert all((values == 0).all() for values in certificate[1:-1])
     assert smooth.predict(images_of(2)).tolist() == [ABSTAIN] * 2
 
 
@@ -338,9 +349,11 @@ def test_answers_have_the_shape_and_types_of_the_contract(network, count):
     smooth = SmoothClassifier(network, 0.5)
     certificate, prediction = smooth.certify(images, n0=5, n=20), smooth.predict(images, n=20)
     assert isinstance(certificate, Certificate)
-    assert certificate._fields == ("prediction", "radius", "top_count", "p_lower")
+    assert certificate._fields[:4] == ("prediction", "radius", "top_count", "p_lower")
+    assert certificate._fields[4:] == ("rival_count", "radius_two_sided", "samples")
     dtypes = [values.dtype for values in (*certificate, prediction)]
-    assert dtypes == [torch.int64, torch.float64, torch.int64, torch.float64, torch.int64]
+    whole, real = torch.int64, torch.float64
+    assert dtypes == [whole, real, whole, real, whole, real, whole, whole]
     shape = () if count is None else (count,)
     assert all(values.shape == shape for values in (*certificate, prediction))
 
@@ -538,3 +551,55 @@ def test_forward_adds_one_draw_of_global_noise_to_each_image(sigma, training):
     assert not torch.equal(z, noise.flatten(1))
     logits.sum().backward()
     assert base[1].bias.grad is not None
+
+
+# --- Two-sided and staged certificates ------------------------------------------------------
+
+
+def test_both_radii_follow_from_the_same_votes(network):
+    smooth = SmoothClassifier(network, 1.0)
+    certificate = smooth.certify(images_of(20), n0=50, n=1000, alpha=0.01)
+    top, rival = certificate.top_count.numpy(), certificate.rival_count.numpy()
+    assert ((rival > 0) & (top + rival < 1000)).any()
+    plain = certified_radius(lower_confidence_bound(top, 1000, 0.01), 1.0)
+    tight = two_sided_radius(*two_sided_bounds(top, rival, 1000, 0.01, 10), 1.0)
+    stands = certificate.prediction.numpy() != ABSTAIN
+    assert np.array_equal(certificate.radius.numpy(), np.where(stands, plain, 0))
+    assert np.array_equal(certificate.radius_two_sided.numpy(), np.where(stands, tight, 0))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.6, 0.9, 0.999])
+def test_stopping_early_loses_little_and_draws_less(p):
+    smooth = SmoothClassifier(FirstPixel(p), 1.0, 3)
+    images = GREY.expand(8, -1, -1, -1)
+    fixed = smooth.certify(images, n=30_000)
+    staged = smooth.certify(images, n=30_000, stop="auto", tolerance=0.1)
+    assert set(staged.samples.tolist()) <= {2048, 4096, 8192, 16384, 30_000}
+    assert (fixed.samples == 30_000).all()
+    # Of a class with three tenths of the votes nothing is to be had, and that shows at once.
+    assert staged.samples.double().mean() < {0.3: 3000}.get(p, 25_000)
+    assert torch.equal(staged.prediction, fixed.prediction)
+    # The tolerance is about expected votes; half of it again is left for their spread.
+    assert (fixed.radius - staged.radius <= 0.15).all()
+    # Without tolerance an image is left early only if it abstains.
+    patient = smooth.certify(images, n=30_000, stop="auto", tolerance=0.0)
+    assert ((patient.samples == 30_000) == (patient.prediction != ABSTAIN)).all()
+
+
+def test_staged_votes_are_the_first_of_the_fixed_ones(network):
+    smooth, images = SmoothClassifier(network, 1.0), images_of(6)
+    staged = smooth.certify(images, n=10_000, stop="auto", tolerance=1.0)
+    assert set(staged.samples.tolist()) == {2048}
+    fixed = smooth.certify(images, n=2048)
+    assert torch.equal(staged.top_count, fixed.top_count)
+    assert torch.equal(staged.rival_count, fixed.rival_count)
+    # The look is paid for: its bound is lower than that of a run of this length.
+    assert (staged.p_lower < fixed.p_lower).all()
+
+
+def test_unknown_ways_to_stop_are_named(network):
+    smooth = SmoothClassifier(network, 1.0)
+    with pytest.raises(ValueError, match="'stop' is 'early'; use 'fixed' or 'auto'"):
+        smooth.certify(GREY, n=100, stop="early")
+    with pytest.raises(ValueError, match="'tolerance'"):
+        smooth.certify(GREY, n=100, stop="auto", tolerance=-0.1)

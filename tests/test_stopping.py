@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from src.certification import lower_confidence_bound, required_probability
+from src.certification import certified_radius, lower_confidence_bound, required_probability
 from src.stopping import (
     CERTIFY,
     CONCENTRATION,
@@ -15,9 +15,11 @@ from src.stopping import (
     REJECT,
     grid_decision,
     grid_levels,
+    is_settled,
     look_schedule,
     mixture_decision,
     mixture_log_e_value,
+    staged_looks,
 )
 
 RULES = [mixture_decision, grid_decision]
@@ -185,3 +187,37 @@ def test_rules_give_up_once_the_end_is_out_of_reach():
 def test_bad_arguments_are_named(call, name):
     with pytest.raises(ValueError, match=f"'{name}'"):
         call()
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(100, 0.3), (3000, 0.2), (10_000, 0.2), (50_000, 0.05)])
+@pytest.mark.parametrize("p", [0.52, 0.9, 0.997])
+def test_staged_bounds_are_wrong_at_most_alpha_of_the_time(n, alpha, p):
+    # Even if the drawing stops at the first look whose bound is wrong, which no rule can know.
+    looks, levels = staged_looks(n, alpha)
+    assert looks[-1] == n
+    assert all(look % 2048 == 0 for look in looks[:-1])
+    assert sum(levels) == pytest.approx(alpha, rel=1e-12)
+    runs = 4000
+    steps = np.diff([0, *looks])
+    counts = np.random.default_rng(0).binomial(steps, p, (runs, len(looks))).cumsum(axis=1)
+    wrong = (lower_confidence_bound(counts, np.array(looks), np.array(levels)) > p).any(axis=1)
+    # False alarm: 1e-6 a case, if the chance is alpha exactly.
+    assert wrong.sum() <= stats.binom.ppf(1 - 1e-6, runs, alpha)
+
+
+@pytest.mark.parametrize(("share", "settled"), [(0.2, True), (0.499, True), (0.52, False)])
+def test_images_on_their_way_to_abstain_are_settled(share, settled):
+    looks, levels = staged_looks(100_000, 0.001)
+    assert is_settled(int(share * 2048), 2048, looks, levels, 0.0) == settled
+
+
+def test_tolerance_is_what_the_rest_of_the_draws_would_add():
+    looks, levels = staged_looks(100_000, 0.001)
+    successes, trials = 1843, 2048
+    now = certified_radius(lower_confidence_bound(successes, trials, levels[0]), 1.0)
+    expected = successes * 100_000 // trials
+    end = certified_radius(lower_confidence_bound(expected, 100_000, levels[-1]), 1.0)
+    gain = end - now
+    assert gain > 0.1
+    assert not is_settled(successes, trials, looks, levels, gain - 1e-9)
+    assert is_settled(successes, trials, looks, levels, gain + 1e-9)
