@@ -51,13 +51,13 @@ def gradient_attack(
     Raises:
         ValueError: for an argument out of its range.
     """
-    images = _checked(images, labels, epsilon, norm, clip)
+    images = checked(images, labels, epsilon, norm, clip)
     if epsilon == 0 or not len(images):
         return images.clone()
     with torch.inference_mode(False), evaluation_form(model) as network:
         _, _, gradient = _value_and_gradient(network, images, labels, "cross_entropy", targeted)
-    project = _projection(images, epsilon, norm, clip)
-    return project(images + epsilon * _direction(gradient, norm))
+    project = projection(images, epsilon, norm, clip)
+    return project(images + epsilon * direction(gradient, norm))
 
 
 def pgd_attack(
@@ -104,7 +104,7 @@ def pgd_attack(
     Raises:
         ValueError: for an argument out of its range.
     """
-    images = _checked(images, labels, epsilon, norm, clip)
+    images = checked(images, labels, epsilon, norm, clip)
     check_count("steps", steps)
     check_count("restarts", restarts)
     if step_size is not None:
@@ -115,22 +115,22 @@ def pgd_attack(
         return images.clone()
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
     starts = generator or torch.Generator().manual_seed(0)
-    project = _projection(images, epsilon, norm, clip)
+    project = projection(images, epsilon, norm, clip)
     with torch.inference_mode(False), evaluation_form(model) as network:
-        worst = _Worst(network, images, labels, loss, targeted)
+        worst = Worst(network, images, labels, loss, targeted)
         gradient = worst.visit(images)
-        single_step = project(images + epsilon * _direction(gradient, norm))
+        single_step = project(images + epsilon * direction(gradient, norm))
         for restart in range(restarts):
             if restart == 0 and generator is None:
                 points = single_step
             else:
                 # Drawn for all images, so that no image's start depends on which others stand.
-                points = project(images + _random_in_ball(images, epsilon, norm, starts))
+                points = project(images + random_in_ball(images, epsilon, norm, starts))
             chosen = worst.standing() if early_stop else slice(None)
             points = points[chosen]
             for _ in range(steps):
                 gradient = worst.visit(points, chosen)
-                points = project(points + step_size * _direction(gradient, norm), chosen)
+                points = project(points + step_size * direction(gradient, norm), chosen)
                 if early_stop:
                     left = worst.standing(chosen)
                     chosen, points = chosen[left], points[left]
@@ -156,18 +156,18 @@ def random_start_attack(
     Wong, Rice and Kolter, ICLR 2020. Arguments as for `pgd_attack`; `step_size` defaults to
     1.25 * epsilon as in the paper. Costs one gradient.
     """
-    images = _checked(images, labels, epsilon, norm, clip)
+    images = checked(images, labels, epsilon, norm, clip)
     if step_size is not None:
         check_number("step_size", step_size, positive=True)
     if epsilon == 0 or not len(images):
         return images.clone()
     step_size = 1.25 * epsilon if step_size is None else step_size
-    project = _projection(images, epsilon, norm, clip)
+    project = projection(images, epsilon, norm, clip)
     generator = generator or torch.Generator().manual_seed(0)
-    points = project(images + _random_in_ball(images, epsilon, norm, generator))
+    points = project(images + random_in_ball(images, epsilon, norm, generator))
     with torch.inference_mode(False), evaluation_form(model) as network:
         _, _, gradient = _value_and_gradient(network, points, labels, "cross_entropy", False)
-    return project(points + step_size * _direction(gradient, norm))
+    return project(points + step_size * direction(gradient, norm))
 
 
 def attack_dataset(
@@ -199,7 +199,7 @@ def attack_dataset(
     return TensorDataset(torch.cat(attacked), dataset.tensors[1].clone())
 
 
-class _Worst:
+class Worst:
     """The worst point visited so far, image by image."""
 
     def __init__(self, network, images, labels, loss, targeted):
@@ -213,21 +213,22 @@ class _Worst:
         return (~self.success[chosen]).nonzero()[:, 0]
 
     def visit(self, points: Tensor, chosen=slice(None), want_gradient=True) -> Tensor | None:
-        """Keep `points`, of the `chosen` images, where they beat the worst so far.
-
-        Returns the gradient there, if it is wanted.
-        """
+        """Evaluate and `keep` the points; returns the gradient there, if it is wanted."""
         if not len(points):
             return points
         value, success, gradient = _value_and_gradient(
             self.network, points, self.labels[chosen], *self.how, want_gradient
         )
+        self.keep(points, chosen, value, success)
+        return gradient
+
+    def keep(self, points: Tensor, chosen, value: Tensor, success: Tensor) -> None:
+        """Keep `points`, of the `chosen` images, where they beat the worst so far."""
         before, highest = self.success[chosen], self.value[chosen]
         better = (success & ~before) | ((success == before) & (value > highest))
         self.points[chosen] = torch.where(better[:, None, None, None], points, self.points[chosen])
         self.value[chosen] = torch.where(better, value, highest)
         self.success[chosen] = before | success
-        return gradient
 
 
 def _value_and_gradient(network, points, labels, loss, targeted, want_gradient=True):
@@ -236,16 +237,11 @@ def _value_and_gradient(network, points, labels, loss, targeted, want_gradient=T
     # Autograd keeps the labels, and refuses those that were made in inference mode.
     labels = labels.clone()
     with torch.set_grad_enabled(want_gradient):
-        logits = network(points)
-        if int(labels.max()) >= logits.shape[1]:
-            raise ValueError(
-                f"'labels' has the class {int(labels.max())}, but the model has "
-                f"{logits.shape[1]} classes."
-            )
+        logits = logits_of(network, points, labels)
         if loss == "cross_entropy":
             value = F.cross_entropy(logits, labels, reduction="none")
         else:
-            value = _margin(logits, labels)
+            value = margin(logits, labels)
         value = -value if targeted else value
     # autograd.grad and not backward: the gradients of the parameters stay as they are.
     gradient = torch.autograd.grad(value.sum(), points)[0] if want_gradient else None
@@ -253,14 +249,25 @@ def _value_and_gradient(network, points, labels, loss, targeted, want_gradient=T
     return value.detach(), hit if targeted else ~hit, gradient
 
 
-def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+def logits_of(network, points: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, classes), which must have all the classes of `labels`."""
+    logits = network(points)
+    if int(labels.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"'labels' has the class {int(labels.max())}, but the model has "
+            f"{logits.shape[1]} classes."
+        )
+    return logits
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Largest logit of the other classes minus that of the label (B,)."""
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.amax(dim=1) - own[:, 0]
 
 
-def _direction(gradient: Tensor, norm: str) -> Tensor:
+def direction(gradient: Tensor, norm: str) -> Tensor:
     """Steepest ascent of unit length in `norm`; zero where the gradient is zero or not a number."""
     gradient = torch.nan_to_num(gradient)
     if norm == "linf":
@@ -272,7 +279,7 @@ def _direction(gradient: Tensor, norm: str) -> Tensor:
     return gradient / torch.where(length > 0, length, 1)[:, None, None, None]
 
 
-def _random_in_ball(images: Tensor, epsilon: float, norm: str, generator) -> Tensor:
+def random_in_ball(images: Tensor, epsilon: float, norm: str, generator) -> Tensor:
     """A perturbation drawn uniformly from the ball, on the device of `images`."""
     shape = images.shape
     if norm == "linf":
@@ -282,14 +289,13 @@ def _random_in_ball(images: Tensor, epsilon: float, norm: str, generator) -> Ten
     # A uniform radius would crowd the centre: the volume grows as its d-th power.
     fraction = torch.rand(shape[0], generator=generator, device=generator.device)
     length = epsilon * fraction ** (1 / images[0].numel())
-    return (_direction(noise, "l2") * length[:, None, None, None]).to(images)
+    return (direction(noise, "l2") * length[:, None, None, None]).to(images)
 
 
-def _projection(images: Tensor, epsilon: float, norm: str, clip) -> Callable[..., Tensor]:
+def projection(images: Tensor, epsilon: float, norm: str, clip) -> Callable[..., Tensor]:
     """points, chosen -> the nearest points of the balls around the chosen images, within `clip`."""
     if norm == "linf":
-        low = _inward(images, -epsilon).clamp(min=clip[0])
-        high = _inward(images, epsilon).clamp(max=clip[1])
+        low, high = linf_box(images, epsilon, clip)
         return lambda points, chosen=slice(None): points.clamp(low[chosen], high[chosen])
     # The sum image + perturbation is rounded once more when it is stored: leave room for that.
     rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5 * max(map(abs, clip))
@@ -303,6 +309,11 @@ def _projection(images: Tensor, epsilon: float, norm: str, clip) -> Callable[...
         return (images[chosen] + shrink[:, None, None, None] * change).clamp(*clip)
 
     return project
+
+
+def linf_box(images: Tensor, epsilon: float, clip) -> tuple[Tensor, Tensor]:
+    """Lowest and highest pixels of the linf balls, within `clip`."""
+    return _inward(images, -epsilon).clamp(min=clip[0]), _inward(images, epsilon).clamp(max=clip[1])
 
 
 def _inward(images: Tensor, change: float) -> Tensor:
@@ -322,7 +333,7 @@ def _inward(images: Tensor, change: float) -> Tensor:
     return torch.where(outside, torch.nextafter(bound, start), bound).to(images.device)
 
 
-def _checked(images, labels, epsilon, norm, clip) -> Tensor:
+def checked(images, labels, epsilon, norm, clip) -> Tensor:
     """Detached images, after every argument that the attacks share has been checked."""
     check_ball(epsilon, norm)
     check_images(images)
