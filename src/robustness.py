@@ -10,7 +10,9 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from src.attacks import gradient_attack, pgd_attack
+from src.checks import check_count
 from src.intervals import accuracy_interval
+from src.strong_attacks import strongest_attack_stages
 from src.training_and_evaluation import correct
 from src.utils import subset
 
@@ -59,6 +61,48 @@ def attack_table(
         hits = correct(model, dataset, attack=partial(attack, epsilon=epsilon, norm=norm))
         rows.append(accuracy_row(name, norm, epsilon, hits))
     return rows
+
+
+def hits_by_stage(
+    model: nn.Module,
+    dataset: TensorDataset,
+    epsilon: float,
+    norm: str = "linf",
+    *,
+    batch_size: int = 1000,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **options,
+) -> dict[str, torch.Tensor]:
+    """Which images are still classified correctly after each stage of the strongest attack.
+
+    Args:
+        model: images -> logits (B, classes).
+        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        epsilon, norm, options: as for `strongest_attack_stages`.
+        batch_size: images a batch.
+        device: where the attack runs; default: where the model is.
+        progress: show a progress bar.
+
+    Returns:
+        Name of the stage -> bool (N,) on the CPU, "clean" first; none is true that was false
+        before. The last one is the answer.
+    """
+    if not len(dataset):
+        raise ValueError("'dataset' has no images.")
+    check_count("batch_size", batch_size)
+    device = device or next(model.parameters(), dataset.tensors[0]).device
+    hits = {}
+    batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
+    for images, labels in tqdm(batches, desc="attacking", disable=not progress):
+        images, labels = images.to(device), labels.to(device)
+        stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
+        standing = torch.ones(len(labels), dtype=torch.bool)
+        for name, points in stages:
+            # The same model and batch for every stage, so that rounding cannot decide.
+            standing = standing & correct(model, TensorDataset(points, labels))
+            hits.setdefault(name, []).append(standing)
+    return {name: torch.cat(parts) for name, parts in hits.items()}
 
 
 def epsilon_curves(
