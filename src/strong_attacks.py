@@ -15,8 +15,15 @@ from src.attacks import Worst, checked, logits_of, margin
 from src.checks import check_count
 from src.convnn import evaluation_form
 from src.ramp_attack import ramp_attack
+from src.square import square_attack
 
-__all__ = ["apgd_attack", "ramp_attack", "strongest_attack", "strongest_attack_stages"]
+__all__ = [
+    "apgd_attack",
+    "ramp_attack",
+    "square_attack",
+    "strongest_attack",
+    "strongest_attack_stages",
+]
 
 
 def strongest_attack(
@@ -47,13 +54,15 @@ def strongest_attack_stages(
     steps: int = 100,
     restarts: int = 5,
     targets: int = 9,
+    queries: int = 5000,
     clip: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The attacks one after the other, each on the images that are still standing.
 
-    Auto-PGD on the cross-entropy, on the margin from several starts, and towards single classes;
-    for a model with `thresholds` the last two behind its ramp: in l2 as well, in linf instead.
+    Auto-PGD on the cross-entropy, on the margin from several starts, and towards single classes,
+    then the Square Attack, which needs no gradients. For a model with `thresholds` the margin and
+    the classes also behind its ramp, in linf only there.
 
     Args:
         model: images -> logits (B, classes).
@@ -64,6 +73,7 @@ def strongest_attack_stages(
         steps: gradient steps per start.
         restarts: starts on the margin.
         targets: most likely other classes to approach.
+        queries: of the Square Attack, the last stage.
         clip: range of the results.
         generator: source of everything random, on the CPU; default: one with seed 0.
 
@@ -77,7 +87,7 @@ def strongest_attack_stages(
     check_count("targets", targets)
     generator = generator or torch.Generator().manual_seed(0)
     worst = Worst(None, images, labels, "margin", False)
-    stages = _stages(model, norm, steps, restarts, targets)
+    stages = _stages(model, norm, steps, restarts, targets, queries)
     for name, attack in [("clean", _unchanged), *stages]:
         chosen = worst.standing()
         if len(chosen):
@@ -94,7 +104,7 @@ def strongest_attack_stages(
         yield name, worst.points.clone()
 
 
-def _stages(model, norm, steps, restarts, targets) -> list[tuple[str, Callable]]:
+def _stages(model, norm, steps, restarts, targets, queries) -> list[tuple[str, Callable]]:
     """Names and attacks, the one that breaks most for its time first."""
     kinds = [("", apgd_attack)]
     if getattr(model, "thresholds", None) is not None:
@@ -107,7 +117,7 @@ def _stages(model, norm, steps, restarts, targets) -> list[tuple[str, Callable]]
             (f"{kind}apgd margin", partial(attack, restarts=restarts)),
             (f"{kind}apgd targeted", partial(attack, targets=targets)),
         ]
-    return stages
+    return [*stages, ("square", partial(square_attack, queries=queries))]
 
 
 def _unchanged(model, images, labels, epsilon, norm, *, clip, generator) -> Tensor:

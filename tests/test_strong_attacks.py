@@ -14,6 +14,7 @@ from src.folded import ramp
 from src.models import ConvNN
 from src.ramp_attack import nearest_pixels, ramp_attack
 from src.robustness import hits_by_stage
+from src.square import square_attack
 from src.strong_attacks import strongest_attack, strongest_attack_stages
 from tests.attack_helpers import (
     Linear,
@@ -30,11 +31,12 @@ from tests.attack_helpers import (
 )
 
 THRESHOLDS = (0.4, 0.6)
-BRIEF = {"steps": 3, "restarts": 2, "targets": 2}
+BRIEF = {"steps": 3, "restarts": 2, "targets": 2, "queries": 10}
 ATTACKS = {
     "apgd": partial(apgd_attack, steps=5, restarts=2),
     "dlr": partial(apgd_attack, steps=5, loss="dlr", targets=2),
     "ramp": partial(ramp_attack, steps=5, restarts=2),
+    "square": partial(square_attack, queries=20),
     "strongest": partial(strongest_attack, **BRIEF),
 }
 BALLS = [("linf", 0.1), ("linf", 0.45), ("l2", 1.0), ("l2", 4.0)]
@@ -161,6 +163,12 @@ def test_bad_arguments_are_named(attack, name, value):
     arguments = {"images": images, "labels": labels, "epsilon": 0.1, name: value}
     with pytest.raises(ValueError, match=f"'{name}'"):
         attack(RampedLinear(10), **arguments)
+
+
+@pytest.mark.parametrize(("name", "value"), [("queries", 0), ("share", 0.0), ("share", 1.1)])
+def test_bad_arguments_of_the_square_attack_are_named(name, value):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        square_attack(Linear(10), *random_batch(5), 0.1, **{name: value})
 
 
 def test_losses_that_need_more_classes_and_models_without_a_ramp_are_refused():
@@ -318,6 +326,51 @@ def test_the_scale_of_the_logits_does_not_matter(loss, targets):
     )
     assert 10 < plain.sum() < 90
     assert torch.equal(plain, large)
+
+
+class Quantised(nn.Module):
+    """Pixels rounded to so many levels: the gradient is zero everywhere."""
+
+    def __init__(self, model, levels):
+        super().__init__()
+        self.model, self.levels = model, levels
+
+    def forward(self, images):
+        return self.model((images * self.levels).round() / self.levels)
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.15), ("l2", 2.5)])
+def test_square_attack_needs_no_gradient(trained, norm, epsilon):
+    images = trained[1]
+    model = Quantised(trained[0], 10)
+    labels = model(images).argmax(dim=1)
+    pgd = pgd_attack(model, images, labels, epsilon, norm, steps=10, loss="margin")
+    assert wrong(model, pgd, labels).float().mean() < 0.1
+    square = square_attack(model, images, labels, epsilon, norm, queries=200)
+    assert wrong(model, square, labels).float().mean() > 0.7
+    # More queries of the same kind only help.
+    assert (
+        wrong(model, square_attack(model, images, labels, epsilon, norm, queries=1), labels).sum()
+        <= wrong(model, square, labels).sum()
+    )
+
+
+@pytest.mark.parametrize(("norm", "share"), [("linf", 0.98), ("l2", 0.5)])
+def test_square_attack_comes_near_the_optimum_of_a_linear_model(norm, share):
+    # Only squares of the right signs are kept, so in linf all pixels end in their corner; a
+    # gradient that is constant on squares of 7 x 7 makes them few. In l2 the bumps never fit
+    # exactly; a random direction would reach a 28th.
+    model = Linear(2)
+    pattern = random_batch(1)[0][:, :, :4, :4].repeat_interleave(7, 2).repeat_interleave(7, 3)
+    away = (pattern - 0.5).flatten()
+    model.weight.data = torch.stack([torch.zeros(784), -away], dim=1)
+    model.bias.data = torch.tensor([0.0, 200.0])
+    images, labels = torch.full((5, 1, 28, 28), 0.5), torch.ones(5, dtype=torch.int64)
+    attacked = square_attack(model, images, labels, 0.3, norm, queries=3000)
+    reached = margin(model, images, labels) - margin(model, attacked, labels)
+    best = 0.3 * (away.abs().sum() if norm == "linf" else away.norm())
+    assert (reached <= best + 1e-3).all()
+    assert (reached >= share * best).all()
 
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.05), ("l2", 1.0)])

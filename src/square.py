@@ -1,0 +1,177 @@
+"""The Square Attack: random search without gradients (Andriushchenko et al., ECCV 2020)."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from src.attacks import Worst, checked, linf_box, logits_of, margin, projection
+from src.checks import check_count, check_number
+from src.convnn import evaluation_form
+
+# After how many of 10,000 queries the area of the squares is halved.
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+def square_attack(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    norm: str = "linf",
+    *,
+    queries: int = 5000,
+    share: float = 0.8,
+    clip: tuple[float, float] = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Change a random square at a time, and keep the change if the margin rises.
+
+    In linf all pixels of a square go to one end of the ball, starting from vertical stripes. In
+    l2 a square takes over the length that another had. The model is only asked for its logits,
+    so that masked gradients are of no use to it. A misclassified image is left alone.
+
+    Args:
+        model: images -> logits (B, classes).
+        images: (B, channels, height, width), pixels in [0, 1].
+        labels: int64 (B,), the true classes.
+        epsilon: radius of the ball, in pixel units.
+        norm: "linf" or "l2".
+        queries: calls of the model for an image.
+        share: area of the first squares, as a share of the image, at most 1.
+        clip: range of the result.
+        generator: source of the squares, on the CPU; default: one with seed 0.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+    images = checked(images, labels, epsilon, norm, clip)
+    check_count("queries", queries)
+    check_number("share", share, positive=True)
+    if share > 1:
+        raise ValueError(f"'share' = {share:g} must be at most 1.")
+    if epsilon == 0 or not len(images):
+        return images.clone()
+    generator = generator or torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad(), evaluation_form(model) as network:
+        worst = Worst(network, images, labels, "margin", False)
+        worst.visit(images, want_gradient=False)
+        chosen = worst.standing()
+        if norm == "linf":
+            start, change = _linf_moves(images, epsilon, clip, generator)
+        else:
+            start, change = _l2_moves(images, epsilon, clip, generator)
+        points = start[chosen]
+        value = torch.full_like(worst.value[chosen], -torch.inf)
+        for side in _sides(images, queries, share):
+            if not len(chosen):
+                break
+            tried = points if torch.isinf(value).all() else change(points, chosen, side)
+            logits = logits_of(network, tried, labels[chosen])
+            reached, fallen = margin(logits, labels[chosen]), logits.argmax(1) != labels[chosen]
+            worst.keep(tried, chosen, reached, fallen)
+            better = reached > value
+            points = torch.where(better[:, None, None, None], tried, points)
+            value = torch.where(better, reached, value)
+            if fallen.any():
+                chosen, points, value = (entry[~fallen] for entry in (chosen, points, value))
+    return worst.points
+
+
+def _sides(images: Tensor, queries: int, share: float) -> Iterator[int]:
+    """The side of the square of each query, in pixels: large at first, then ever smaller."""
+    area = images.shape[2] * images.shape[3]
+    for query in range(queries):
+        halvings = sum(query * 10_000 / queries > after for after in HALVINGS)
+        yield min(max(round((share * 0.5**halvings * area) ** 0.5), 1), *images.shape[2:])
+
+
+def _corner(images: Tensor, side: int, generator) -> tuple[slice, slice]:
+    """A square anywhere in the image, the same for all images: each sees only its own."""
+    starts = [
+        int(torch.randint(size - side + 1, (), generator=generator)) for size in images.shape[2:]
+    ]
+    return tuple(slice(start, start + side) for start in starts)
+
+
+def _coins(shape, generator, device) -> Tensor:
+    return (torch.rand(shape, generator=generator, device=generator.device) < 0.5).to(device)
+
+
+def _linf_moves(images: Tensor, epsilon: float, clip, generator) -> tuple[Tensor, Callable]:
+    """Stripes at the ends of the ball, and the function that repaints a square of them."""
+    low, high = linf_box(images, epsilon, clip)
+    count, channels, _, width = images.shape
+    stripes = _coins((count, channels, 1, width), generator, images.device)
+
+    def change(points: Tensor, chosen: Tensor, side: int) -> Tensor:
+        rows, columns = _corner(images, side, generator)
+        # Drawn for all images, so that no image's squares depend on which others stand.
+        coins = _coins((count, channels, 1, 1), generator, images.device)[chosen]
+        tried = points.clone()
+        ends = (bound[chosen, :, rows, columns] for bound in (high, low))
+        tried[:, :, rows, columns] = torch.where(coins, *ends)
+        return tried
+
+    return torch.where(stripes, high, low), change
+
+
+def _l2_moves(images: Tensor, epsilon: float, clip, generator) -> tuple[Tensor, Callable]:
+    """Bumps side by side in the ball, and the function that moves length between two squares."""
+    count, channels = images.shape[:2]
+    project = projection(images, epsilon, "l2", clip)
+    bump = partial(_bumps, count, channels, generator=generator, like=images)
+    tile = max(min(images.shape[2:]) // 5, 1)
+    start = torch.zeros_like(images)
+    for top in range(0, images.shape[2] - tile + 1, tile):
+        for left in range(0, images.shape[3] - tile + 1, tile):
+            start[:, :, top : top + tile, left : left + tile] = bump(tile)
+
+    def full_length(delta: Tensor, chosen) -> Tensor:
+        delta = epsilon * delta / _length(delta).clamp(min=1e-12)
+        return project(images[chosen] + delta, chosen)
+
+    def change(points: Tensor, chosen: Tensor, side: int) -> Tensor:
+        # Of an odd side of 3 at least, so that a bump has a middle.
+        side = min(max(side, 3) // 2 * 2 + 1, *images.shape[2:])
+        delta = points - images[chosen]
+        gets, gives = (_corner(images, side, generator) for _ in range(2))
+        free = (epsilon**2 - _length(delta) ** 2).clamp(min=0)
+        window = delta[:, :, gets[0], gets[1]]
+        shape = bump(side)[chosen] + window / _length(window).clamp(min=1e-12)
+        rest = delta.clone()
+        for rows, columns in (gets, gives):
+            rest[:, :, rows, columns] = 0
+        # All the length of the two squares, and what clipping has left over.
+        length = (free + _length(delta) ** 2 - _length(rest) ** 2).clamp(min=0).sqrt()
+        rest[:, :, gets[0], gets[1]] = length * shape / _length(shape).clamp(min=1e-12)
+        return full_length(rest, chosen)
+
+    return full_length(start, slice(None)), change
+
+
+def _length(delta: Tensor) -> Tensor:
+    return delta.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def _bumps(count: int, channels: int, side: int, *, generator, like: Tensor) -> Tensor:
+    """A hill beside a valley in a square of this side, of length 1, signs and direction drawn."""
+    half = side // 2
+    both = torch.cat([_hill(half, side), -_hill(side - half, side)])
+    both = both / both.norm()
+    turned = _coins((count, 1, 1, 1), generator, like.device)
+    signs = 1.0 - 2.0 * _coins((count, channels, 1, 1), generator, like.device).to(like)
+    both = both.to(like)
+    return torch.where(turned, both.T, both) * signs / channels**0.5
+
+
+def _hill(height: int, width: int) -> Tensor:
+    """Rises to the middle as a sum of 1 / k^2 over centred rectangles that shrink with k."""
+    row, column = (
+        (torch.arange(size) - (size - 1) / 2).abs().ceil()[:, None] for size in (height, width)
+    )
+    edge = max(height, width) // 2
+    distance = torch.maximum(row, column.T).long().clamp(max=edge)
+    steps = 1.0 / torch.arange(1, edge + 2) ** 2
+    return steps.flip(0).cumsum(0).flip(0)[distance]
