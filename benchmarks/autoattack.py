@@ -1,0 +1,208 @@
+"""The referee: AutoAttack (standard) by somebody else, then our attack behind the ramp, per image.
+
+AutoAttack (Croce and Hein, ICML 2020) comes from torchattacks 3.5.1, the version of it on the
+package index (its authors publish theirs as a repository). An extra, for this script alone:
+
+    pip install --no-deps torchattacks==3.5.1
+
+(--no-deps because it asks for an old requests, which it never imports.) Its class AutoAttack takes
+10 steps where the paper's standard version takes 100, so the four attacks are called one by one
+with the paper's numbers: APGD on the cross-entropy, 100 steps; targeted APGD, 9 targets x 100
+steps; targeted FAB, 9 targets x 100 steps; Square, 5,000 queries. Each meets only the images that
+are still standing, and its points are moved into the ball as stored before they are judged.
+
+A network with a ramp hides from all four what a ball reaches behind it; so our `ramp_attack`
+comes last (margin from 5 starts, 9 targets). The rows have the columns index, label, clean, one
+for every attack (1: still classified correctly after it and all before), and robust. They grow
+by a batch at a time; the same command takes up a run that was stopped, and more --images extend
+it. `--strongest` adds a column of our own `strongest_attack`, from the clean images.
+
+Run: python -m benchmarks.autoattack models/adversarial_training.pt --norm linf --epsilon 0.3 \\
+         --rows results/autoattack.csv
+"""
+
+import argparse
+import csv
+import importlib
+import io
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from src.attacks import projection
+from src.certificates import read_rows
+from src.checkpoints import load_checkpoint, weights_digest
+from src.command_line import count, number, run
+from src.convnn import evaluation_form
+from src.files import lock_file, write_json
+from src.intervals import accuracy_interval
+from src.ramp_attack import ramp_attack
+from src.strong_attacks import strongest_attack
+from src.tables import format_table, percent
+from src.training_and_evaluation import correct
+from src.utils import get_device, load_mnist, subset
+
+VERSION = "3.5.1"
+ATTACKS = ("apgd_ce", "apgd_t", "fab_t", "square", "ramp")
+
+
+def main(argv=None):
+    args = options(argv)
+    model = load_checkpoint(args.checkpoint, get_device(args.device))
+    test = subset(load_mnist("test", args.data), range(args.images))
+    columns = ["index", "label", "clean", *ATTACKS, "robust"]
+    columns += ["strongest"] if args.strongest else []
+    settings = {
+        "digest": weights_digest(model.state_dict()),
+        "columns": columns,
+        "torchattacks": VERSION,
+        **{name: getattr(args, name) for name in ("norm", "epsilon", "seed", "batch_size")},
+    }
+    Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(args.rows):
+        done = finished(Path(args.rows), columns, settings)
+        for start in range(done, len(test), args.batch_size):
+            batch = subset(test, range(start, min(start + args.batch_size, len(test))))
+            begin = time.perf_counter()
+            hits = attacked(model, batch, args)
+            append(Path(args.rows), [start + i for i in range(len(batch))], batch, hits)
+            print(
+                f"{start + len(batch):6d} images, {int(hits['robust'].sum())} of the last "
+                f"{len(batch)} stand, {time.perf_counter() - begin:.0f} s",
+                flush=True,
+            )
+        print(summary(read_rows(args.rows)[: len(test)]))
+
+
+def options(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="the model, .pt")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, pixel units")
+    parser.add_argument("--images", type=count(), default=10_000, help="the first of the test set")
+    parser.add_argument("--seed", type=count(0), default=0, help="of every attack")
+    parser.add_argument("--batch-size", type=count(), default=500, help="images a batch")
+    parser.add_argument("--rows", required=True, help="the file of rows, .csv")
+    parser.add_argument("--strongest", action="store_true", help="our strongest_attack as well")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    parser.add_argument("--data", default="data", help="folder of MNIST")
+    args = parser.parse_args(argv)
+    args.images = min(args.images, 10_000)
+    return args
+
+
+def attacked(model, batch, args):
+    """Name of the column -> whether each image of the batch still stands, bool (N,)."""
+    hits = {"clean": correct(model, batch)}
+    standing = hits["clean"].clone()
+    for name in ATTACKS:
+        chosen = standing.nonzero()[:, 0]
+        if len(chosen):
+            attack = partial(one_attack, name, args=args)
+            standing[chosen] = correct(model, subset(batch, chosen), attack=attack)
+        hits[name] = standing.clone()
+    hits["robust"] = standing.clone()
+    if args.strongest:
+        ours = partial(strongest_attack, epsilon=args.epsilon, norm=args.norm)
+        hits["strongest"] = correct(model, batch, attack=partial(ours, generator=seeded(args)))
+    return hits
+
+
+def seeded(args):
+    return torch.Generator().manual_seed(args.seed)
+
+
+def one_attack(name, model, images, labels, *, args):
+    """The points of one attack, in the ball as stored; without a ramp, "ramp" changes nothing."""
+    if name != "ramp":
+        with evaluation_form(model) as network:
+            points = published(name, network, args)(images, labels)
+    elif model.thresholds is None:
+        return images
+    else:
+        points = images.clone()
+        for search in ({"restarts": 5}, {"targets": 9}):
+            ours = partial(ramp_attack, epsilon=args.epsilon, norm=args.norm, **search)
+            found = ours(model, images, labels, generator=seeded(args))
+            broken = ~correct(model, torch.utils.data.TensorDataset(found, labels))
+            points[broken] = found[broken]
+    return projection(images, args.epsilon, args.norm, (0.0, 1.0))(points.detach())
+
+
+def published(name, network, args):
+    """One of the four attacks with the numbers of the paper's standard version."""
+    try:
+        torchattacks = importlib.import_module("torchattacks")
+    except ImportError:
+        raise RuntimeError(
+            f"torchattacks is missing; pip install --no-deps torchattacks=={VERSION}"
+        ) from None
+    common = {
+        "norm": {"linf": "Linf", "l2": "L2"}[args.norm],
+        "eps": args.epsilon,
+        "seed": args.seed,
+        "n_restarts": 1,
+    }
+    if name == "apgd_ce":
+        return torchattacks.APGD(network, steps=100, loss="ce", **common)
+    if name == "apgd_t":
+        return torchattacks.APGDT(network, steps=100, n_classes=10, **common)
+    if name == "fab_t":
+        return torchattacks.FAB(network, steps=100, multi_targeted=True, n_classes=10, **common)
+    return torchattacks.Square(network, n_queries=5000, **common)
+
+
+def finished(path, columns, settings):
+    """Number of rows that are there; a line cut short is removed.
+
+    Raises:
+        ValueError: if they are of another model or other settings.
+    """
+    twin = path.with_suffix(".json")
+    if not path.exists():
+        write_json(twin, settings)
+        path.write_text(",".join(columns) + "\n")
+        return 0
+    if not twin.exists() or json.loads(twin.read_text()) != settings:
+        raise ValueError(f"{path} is of another model or other settings; choose another --rows.")
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole.encode()))
+    return whole.count("\n") - 1
+
+
+def append(path, indices, batch, hits):
+    """Add the rows of a batch and wait until they are on disk."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    results = torch.stack([*hits.values()], dim=1).int().tolist()
+    for index, label, result in zip(indices, batch.tensors[1].tolist(), results, strict=True):
+        writer.writerow([index, label, *result])
+    with path.open("a") as stream:
+        stream.write(text.getvalue())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def summary(rows):
+    """Accuracy after each attack, the worst case with its interval of test sampling."""
+    lines = []
+    for name in [name for name in rows[0] if name not in ("index", "label")]:
+        hits = sum(int(row[name]) for row in rows)
+        low, high = map(float, accuracy_interval(hits, len(rows)))
+        bounds = (low, high) if name in ("robust", "strongest") else ()
+        lines.append((name, str(hits), percent(hits / len(rows), *bounds)))
+    return format_table(("after", f"of {len(rows)}", "accuracy % [95 % interval]"), lines)
+
+
+if __name__ == "__main__":
+    run(main)
