@@ -1,0 +1,58 @@
+"""The benchmark that referees: resumed rows, refusals and columns, the four attacks replaced."""
+
+import pytest
+import torch
+
+from benchmarks import autoattack
+from src.attacks import gradient_attack, pgd_attack
+from src.certificates import read_rows
+from src.checkpoints import save_checkpoint
+from src.models import ConvNN
+
+
+@pytest.fixture
+def call(tmp_path, mnist_root, monkeypatch):
+    """Run the script on a fresh network with stand-ins for the attacks of the package."""
+    torch.manual_seed(0)
+    path = save_checkpoint(tmp_path / "x.pt", ConvNN((2, 2), thresholds=(0.4, 0.6)))
+
+    def stand_in(name, network, args):
+        attack = gradient_attack if name == "apgd_ce" else pgd_attack
+        # Twice too far: what is judged must lie in the ball all the same.
+        return lambda images, labels: attack(network, images, labels, 2 * args.epsilon, args.norm)
+
+    monkeypatch.setattr(autoattack, "published", stand_in)
+
+    def main(rows, images, *more):
+        fixed = [str(path), "--data", str(mnist_root), "--batch-size", "4", "--epsilon", "0.02"]
+        autoattack.main([*fixed, "--rows", str(tmp_path / rows), "--images", str(images), *more])
+        return tmp_path / rows
+
+    return main
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_rows(call, capsys):
+    whole = call("a.csv", 8).read_bytes()
+    assert "robust" in capsys.readouterr().out
+    stopped = call("b.csv", 4)
+    with stopped.open("a") as stream:
+        stream.write("4,9,1")
+    assert call("b.csv", 8).read_bytes() == whole
+    assert call("b.csv", 8).read_bytes() == whole
+
+
+def test_no_image_rises_again_and_the_last_column_is_the_answer(call):
+    rows = read_rows(call("a.csv", 16))
+    names = ["clean", *autoattack.ATTACKS, "robust"]
+    assert list(rows[0]) == ["index", "label", *names]
+    for row in rows:
+        results = [int(row[name]) for name in names]
+        assert results == sorted(results, reverse=True)
+        assert results[-1] == results[-2]
+
+
+def test_rows_of_other_settings_are_refused(call):
+    call("a.csv", 4)
+    for other in (["--seed", "1"], ["--norm", "l2"]):
+        with pytest.raises(ValueError, match="other settings"):
+            call("a.csv", 8, *other)
