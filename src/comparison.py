@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.utils.data import TensorDataset
 
-from src.certificates import read_rows, record_certificates, write_rows
+from src.certificates import read_rows, read_twin, record_certificates, write_rows
 from src.challenge import broken_allowed, challenge_certificates
 from src.checkpoints import load_checkpoint
 from src.distributed import is_main
@@ -118,6 +118,14 @@ def certify_models(
             resume=resume,
         )
     return rows
+
+
+def recorded_precision(
+    results: str | Path, name: str, shard: tuple[int, int] = (1, 1)
+) -> str | None:
+    """The precision of a model's certificates from an earlier run; None if there are none."""
+    twin = _certificates(results, name, shard).with_suffix(".json")
+    return read_twin(twin)["settings"].get("precision") if twin.exists() else None
 
 
 def merge_shards(models: Iterable[str], results: str | Path, parts: int) -> dict[str, list[dict]]:

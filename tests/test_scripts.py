@@ -115,6 +115,18 @@ def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root)
     assert not (tmp_path / "results").exists()
 
 
+def test_a_resumed_run_keeps_the_precision_of_its_rows(finished, monkeypatch, capsys):
+    # A busy machine may measure otherwise the second time; the rows that stand must not be lost.
+    monkeypatch.chdir(finished)
+    path = finished / "results" / "certificates_smoothed.csv"
+    before, stored = path.read_bytes(), main_compare.recorded_precision("results", "smoothed")
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[stored]
+    monkeypatch.setattr(main_compare, "fastest_precision", lambda network: other)
+    main_compare.main(["--quick", "--resume"])
+    assert path.read_bytes() == before
+    assert f"in {stored}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_gives_units_and_defaults(script):
     ended = start(script, "--help", cwd=ROOT)
