@@ -68,6 +68,7 @@ def main(argv=None):
             facts=facts,
             resume=resume,
             shard=shard,
+            two_sided=args.two_sided,
         )
         wait_for_all()
         if args.shard or not is_main():
@@ -118,6 +119,11 @@ def option_parser():
         choices=("auto", *PRECISIONS),
         default="auto",
         help="in which the certified networks run; auto: the fastest here, by a measurement",
+    )
+    parser.add_argument(
+        "--two-sided",
+        action="store_true",
+        help="bound the rivals from above as well: a second radius, in columns of its own",
     )
     parser.add_argument("--steps", type=count(), default=40, help="of PGD")
     parser.add_argument("--resume", action="store_true", help="go on with interrupted rows")

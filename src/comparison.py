@@ -90,6 +90,7 @@ def certify_models(
     facts: Mapping,
     resume: bool,
     shard: tuple[int, int] = (1, 1),
+    two_sided: bool = False,
 ) -> dict[str, list[dict]]:
     """Certify each model, smoothed with the same noise, on the same images; see `certify`.
 
@@ -98,6 +99,7 @@ def certify_models(
     up those of an interrupted run, see `record_certificates`. Returns {model: rows}.
     """
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
+    settings |= {"two_sided": True} if two_sided else {}
     part, parts = shard
     indices = indices[part - 1 :: parts]
     of = {"shard": f"{part}/{parts}"} if parts > 1 else {}
