@@ -93,6 +93,19 @@ def test_attack_rows_count_images(finished):
     assert all(int(r["correct"]) <= int(r["images"]) == 100 for r in table)
 
 
+@pytest.mark.parametrize("name", ["standard_training", "adversarial_training", "comparison"])
+def test_curves_are_those_of_the_smallest_epsilons(finished, name):
+    smallest = read_rows(finished / "results" / f"{name}_smallest_epsilons.csv")
+    rows = read_rows(finished / "results" / f"{name}_attacks.csv")
+    curve = [row for row in rows if row["part"] == "curve"]
+    assert len(curve) == 21 * (3 if name == "comparison" else 1)
+    for row in curve:
+        found = [s for s in smallest if all(s.get(k) == row.get(k) for k in ("norm", "model"))]
+        assert len(found) == int(row["images"]) == (10 if name == "comparison" else 50)
+        standing = [s for s in found if float(s["smallest_epsilon"]) > float(row["epsilon"])]
+        assert len(standing) == int(row["correct"])
+
+
 def test_same_command_gives_the_same_bytes(finished, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(finished / "data")
     monkeypatch.chdir(tmp_path)
