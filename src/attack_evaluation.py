@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from src.checklist import evaluation_warnings
 from src.minimal_epsilon import epsilon_curves, epsilon_rows
 from src.robustness import attack_hits, table_rows
 from src.utils import subset
@@ -18,7 +19,7 @@ def attack_evaluation(
     *,
     steps: int,
 ) -> dict[str, list[dict]]:
-    """Attack a model at fixed radii and look for the smallest radii.
+    """Attack a model at fixed radii, look for the smallest radii, go through the checklist.
 
     Args:
         model: images -> logits (B, classes).
@@ -29,14 +30,17 @@ def attack_evaluation(
 
     Returns:
         Lists of rows by name: `table` as of `attack_table`, `smallest_epsilons` as of
-        `epsilon_rows`, `curve` as of `epsilon_curves`.
+        `epsilon_rows`, `curve` as of `epsilon_curves`, `warnings` as of `evaluation_warnings`.
     """
-    hits = attack_hits(model, subset(test, indices), steps=steps)
+    dataset = subset(test, indices)
+    hits = attack_hits(model, dataset, steps=steps)
     smallest = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1))
+    curve = epsilon_curves(smallest)
     return {
         "table": table_rows(hits),
         "smallest_epsilons": smallest,
-        "curve": epsilon_curves(smallest),
+        "curve": curve,
+        "warnings": evaluation_warnings(model, dataset, hits, curve),
     }
 
 

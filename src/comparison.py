@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 from src.attack_evaluation import attack_evaluation, attack_rows
 from src.certificates import read_rows, record_certificates, write_rows
 from src.challenge import broken_allowed, challenge_certificates
+from src.checklist import short_warnings, warning_lines
 from src.checkpoints import load_checkpoint
 from src.distributed import is_main
 from src.files import write_json
@@ -76,6 +77,7 @@ def attack_models(
     for name, model in models.items():
         print(f"Attacking the {name} model on {len(indices)} test images")
         evaluations[name] = attack_evaluation(model, test, indices, indices, steps=steps)
+        print(warning_lines(evaluations[name]["warnings"]))
     return evaluations
 
 
@@ -225,7 +227,8 @@ def _report_attacks(
     print("\n" + median_lines(of_all("smallest_epsilons")))
     rows = [row for name, found in evaluations.items() for row in attack_rows(found, model=name)]
     write_rows(results / "comparison_attacks.csv", rows)
-    write_json(results / "comparison_attacks.json", dict(facts))
+    warnings = of_all("warnings")
+    write_json(results / "comparison_attacks.json", {**facts, "warnings": warnings})
     smallest = [
         {"model": name, **row} for name, rows in of_all("smallest_epsilons").items() for row in rows
     ]
@@ -234,6 +237,9 @@ def _report_attacks(
         of_all("curve"),
         figures / "comparison_accuracy_against_epsilon.png",
         f"Accuracy under {smallest[0]['attack']}",
+        warnings=[
+            f"{name}, {text}" for name in warnings for text in short_warnings(warnings[name])
+        ],
     )
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from src.attack_evaluation import attack_evaluation, attack_rows
 from src.attacks import gradient_attack, pgd_attack
 from src.certificates import record_certificates, write_rows
+from src.checklist import short_warnings, warning_lines
 from src.files import write_json
 from src.models import ABSTAIN, SmoothClassifier
 from src.plotting import (
@@ -67,14 +68,16 @@ def report_attacks(
     print(f"\n{title} under attack ({table[0]['images']:,} test images)")
     print(attack_lines(table))
     print("\n" + median_lines({title: smallest}))
+    print("\n" + warning_lines(found["warnings"]))
     results, figures = Path(results), Path(figures)
     write_rows(results / f"{name}_attacks.csv", attack_rows(found))
-    write_json(results / f"{name}_attacks.json", dict(facts))
+    write_json(results / f"{name}_attacks.json", {**facts, "warnings": found["warnings"]})
     write_rows(results / f"{name}_smallest_epsilons.csv", smallest)
     plot_accuracy_against_epsilon(
         {smallest[0]["attack"]: found["curve"]},
         figures / f"{name}_accuracy_against_epsilon.png",
         f"{title} under attack",
+        warnings=short_warnings(found["warnings"]),
     )
     plot_gallery(
         *_adversarial_gallery(model, test, steps),

@@ -85,6 +85,17 @@ def test_json_twin_says_what_made_the_rows(finished):
     assert facts["settings"]["model_digest"] == weights_digest(weights)
 
 
+def test_json_twin_keeps_what_the_checklist_found(finished):
+    keys = {"check", "seen", "norm", "epsilon", "images", "of", "advice"}
+    twins = {
+        name: json.loads((finished / "results" / f"{name}_attacks.json").read_text())["warnings"]
+        for name in ("standard_training", "adversarial_training", "comparison")
+    }
+    assert set(twins["comparison"]) == {"standard", "adversarial", "smoothed"}
+    for warnings in (*twins.pop("comparison").values(), *twins.values()):
+        assert all(set(warning) == keys for warning in warnings)
+
+
 def test_attack_rows_count_images(finished):
     rows = read_rows(finished / "results" / "standard_training_attacks.csv")
     table = [row for row in rows if row["part"] == "table"]
