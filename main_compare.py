@@ -1,8 +1,8 @@
 """Comparison of the three models: accuracy under attack, and certificates by smoothing.
 
 Smooths the standard, the adversarial and the smoothed model with the same noise and certifies
-the same test images. Writes results/certificates_<model>.csv, results/comparison_attacks.csv
-and figures.
+the same test images. Writes results/certificates_<model>.csv, results/comparison_attacks.csv,
+results/comparison_smallest_epsilons.csv and figures.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from src.comparison import (
 from src.distributed import from_main, is_main, processes, rank, restarted, wait_for_all
 from src.files import lock_file
 from src.folded import PRECISIONS, fastest_precision
-from src.utils import get_device, load_mnist, seed_everything, subset
+from src.utils import get_device, load_mnist, seed_everything
 
 
 def main(argv=None):
@@ -75,10 +75,9 @@ def main(argv=None):
             return
         if processes() > 1:
             certificates = merge_shards(models, results, processes())
-        tables, curves = attack_models(models, subset(test, indices), steps=args.steps)
+        evaluations = attack_models(models, test, indices, steps=args.steps)
         report_comparison(
-            tables,
-            curves,
+            evaluations,
             certificates,
             test,
             sigma=sigma,

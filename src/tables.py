@@ -9,6 +9,7 @@ from src.intervals import (
     accuracy_interval,
     average_certified_radius,
     certified_accuracy,
+    median_interval,
     population_certified_accuracy_interval,
     possibly_certified,
 )
@@ -51,6 +52,38 @@ def attack_lines(rows: Sequence[Mapping]) -> str:
         for row in rows
     ]
     return format_table(("images", "attack", "accuracy % [95 % interval]"), lines)
+
+
+def attack_comparison(tables: Mapping[str, Sequence[Mapping]]) -> str:
+    """Accuracy of each model on clean images and under each attack, side by side."""
+    lines = []
+    for rows in zip(*tables.values(), strict=True):
+        row = rows[0]
+        ball = f"{row['norm']} {row['epsilon']:g}, {row['attack']}"
+        cells = (percent(r["accuracy"], r["low"], r["high"]) for r in rows)
+        lines.append(("clean" if row["attack"] == "none" else ball, *cells))
+    return format_table(("accuracy % [95 % interval]", *tables), lines)
+
+
+def median_lines(rows_by_model: Mapping[str, Sequence[Mapping]]) -> str:
+    """The smallest epsilons that break half of the images, a column a model.
+
+    Args:
+        rows_by_model: name -> rows with `norm` and `smallest_epsilon`, the same norms in all.
+    """
+    norms = dict.fromkeys(row["norm"] for rows in rows_by_model.values() for row in rows)
+    lines = []
+    for norm in norms:
+        columns = [
+            np.array([float(row["smallest_epsilon"]) for row in rows if row["norm"] == norm])
+            for rows in rows_by_model.values()
+        ]
+        medians = ((np.median(values), *median_interval(values)) for values in columns)
+        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*median) for median in medians)
+        lines.append((f"{norm}, median", *cells))
+        unbroken = (f"{np.isinf(values).sum()} of {len(values):,}" for values in columns)
+        lines.append((f"{norm}, not broken", *unbroken))
+    return format_table(("smallest epsilon [95 % interval]", *rows_by_model), lines)
 
 
 def summarise(rows: Sequence[Mapping], radii: Sequence[float]) -> dict:
