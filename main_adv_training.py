@@ -2,7 +2,8 @@
 
 Every epoch is watched on held-out training images: the epoch with the best PGD accuracy is
 saved, and catastrophic overfitting is reported. Writes models/adversarial_training.pt,
-results/adversarial_training_attacks.csv and figures.
+results/adversarial_training_attacks.csv,
+results/adversarial_training_smallest_epsilons.csv and figures.
 """
 
 from functools import partial

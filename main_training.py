@@ -1,6 +1,7 @@
 """Standard training of ConvNN on MNIST, then its accuracy on clean and attacked images.
 
-Writes models/standard_training.pt, results/standard_training_attacks.csv and figures.
+Writes models/standard_training.pt, results/standard_training_attacks.csv,
+results/standard_training_smallest_epsilons.csv and figures.
 """
 
 from pathlib import Path

@@ -22,13 +22,21 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from src.certification import certified_radius, lower_confidence_bound
+from src.certification import (
+    certified_radius,
+    lower_confidence_bound,
+    two_sided_bounds,
+    two_sided_radius,
+)
 from src.files import lock_file, whole_file
 
 COLUMNS = (
     *("index", "label", "prediction", "correct", "radius", "p_lower", "top_count"),
     *("n0", "n", "alpha", "sigma", "seed"),
 )
+# Further columns of runs whose settings say so: the certificate from bounds on both sides.
+TWO_SIDED = ("rival_count", "radius_two_sided")
+NUM_CLASSES = 10  # Of MNIST: how many rivals share the failure odds of the upper bounds.
 
 
 def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
@@ -72,7 +80,8 @@ def record_certificates(
     Args:
         path: the CSV file; its twin has the ending .json.
         indices: numbers of the images in the order of the rows.
-        certify: indices that are left -> rows with the keys `COLUMNS`, one at a time.
+        certify: indices that are left -> rows with the keys `COLUMNS`, one at a time; those of
+            `TWO_SIDED` as well if the settings have "two_sided": True.
         settings: what the rows depend on (digests of model and data, sigma, n0, n, alpha, seed,
             ...), JSON values; a run is only resumed with equal ones.
         facts: what else is worth knowing of the run, JSON values.
@@ -89,6 +98,7 @@ def record_certificates(
     twin = path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**settings, "indices": indices_digest(indices)}))
+    columns = columns_of(settings)
     with lock_file(path):
         done = _finished_rows(path, twin, indices, settings) if resume else 0
         # Before anything on disk changes, so that bad arguments are refused in time.
@@ -96,10 +106,10 @@ def record_certificates(
         if not done:
             set_aside(path)
             write_twin(twin, {"settings": settings, "facts": dict(facts), "finished": False})
-            path.write_bytes(_text([COLUMNS]).encode())
+            path.write_bytes(_text([columns]).encode())
         with path.open("a", newline="") as stream:
             for row in rows:
-                stream.write(_text([[row[column] for column in COLUMNS]]))
+                stream.write(_text([[row[column] for column in columns]]))
                 stream.flush()
             os.fsync(stream.fileno())
         content = read_twin(twin) | {
@@ -109,6 +119,11 @@ def record_certificates(
         write_twin(twin, content)
         drop_equal_copies(path)
     return read_rows(path)
+
+
+def columns_of(settings: Mapping) -> tuple[str, ...]:
+    """The columns of rows made with these settings."""
+    return COLUMNS + (TWO_SIDED if settings.get("two_sided") else ())
 
 
 def _finished_rows(path: Path, twin: Path, indices: Sequence[int], settings: Mapping) -> int:
@@ -125,7 +140,7 @@ def _finished_rows(path: Path, twin: Path, indices: Sequence[int], settings: Map
     text = read_exactly(path)
     whole, torn = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
     rows = list(csv.DictReader(io.StringIO(whole, newline="")))
-    problems = check_rows(rows, whole)
+    problems = check_rows(rows, whole, columns_of(settings))
     problems += [
         f"line {number + 2}: index {row['index']} where {index} is expected"
         for number, (row, index) in enumerate(zip(rows, indices, strict=False))
@@ -140,7 +155,9 @@ def _finished_rows(path: Path, twin: Path, indices: Sequence[int], settings: Map
     return len(rows)
 
 
-def check_rows(rows: Sequence[Mapping[str, str]], text: str) -> list[str]:
+def check_rows(
+    rows: Sequence[Mapping[str, str]], text: str, columns: Sequence[str] = COLUMNS
+) -> list[str]:
     """What is wrong with result rows that need no model to be checked; empty if nothing is.
 
     Every bound and radius is computed again from its count, and `text` must be what the rows
@@ -152,7 +169,7 @@ def check_rows(rows: Sequence[Mapping[str, str]], text: str) -> list[str]:
             if _is_consistent(row):
                 continue
         problems.append(f"line {number} contradicts itself")
-    if _text([COLUMNS, *(row.values() for row in rows)]) != text:
+    if _text([columns, *(row.values() for row in rows)]) != text:
         problems.append("it is not a table of the expected columns as they are written")
     return problems
 
@@ -163,6 +180,11 @@ def _is_consistent(row: Mapping[str, str]) -> bool:
     radius = certified_radius(p_lower, float(row["sigma"]))
     # Releases of scipy differ in the last digits; the digest in the twin guards those.
     expected = {"p_lower": p_lower, "radius": radius}
+    if "rival_count" in row:
+        counts = int(row["top_count"]), int(row["rival_count"])
+        bounds = two_sided_bounds(*counts, int(row["n"]), float(row["alpha"]), NUM_CLASSES)
+        tight = two_sided_radius(*bounds, float(row["sigma"])) if p_lower > 0.5 else 0.0
+        expected["radius_two_sided"] = tight
     return (
         all(math.isclose(float(row[key]), x, rel_tol=1e-10) for key, x in expected.items())
         and all(repr(float(row[key])) == row[key] for key in expected)
@@ -186,7 +208,7 @@ def verify(path: str | os.PathLike) -> list[str]:
     content = read_twin(path.with_suffix(".json"))
     text = read_exactly(path)
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    problems = check_rows(rows, text)
+    problems = check_rows(rows, text, columns_of(content["settings"]))
     if not content["finished"]:
         problems.append("the run is not finished")
     elif content["rows_sha256"] != text_digest(text):

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from torch.utils.data import TensorDataset
 
-from src.certificates import read_rows, record_certificates, write_rows
+from src.attack_evaluation import attack_evaluation, attack_rows
+from src.certificates import read_rows, read_twin, record_certificates, write_rows
 from src.challenge import broken_allowed, challenge_certificates
+from src.checklist import short_warnings, warning_lines
 from src.checkpoints import load_checkpoint
 from src.distributed import is_main
 from src.files import write_json
@@ -18,9 +20,14 @@ from src.plotting import (
     plot_p_lower,
 )
 from src.redraw import certificate_settings
-from src.robustness import attack_table, epsilon_curves
 from src.shards import merge
-from src.tables import certificate_lines, format_table, percent, population_lines, round_down
+from src.tables import (
+    attack_comparison,
+    certificate_lines,
+    median_lines,
+    population_lines,
+    round_down,
+)
 from src.training_and_evaluation import accuracy, evaluate_robustness
 from src.utils import subset
 
@@ -60,19 +67,18 @@ def smoothing_sigma(model: ConvNN) -> float:
 
 
 def attack_models(
-    models: Mapping[str, ConvNN], dataset: TensorDataset, *, steps: int
-) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """Tables {model: rows} and curves {"model, attack": rows} of accuracy under attack.
+    models: Mapping[str, ConvNN], test: TensorDataset, indices: Sequence[int], *, steps: int
+) -> dict[str, dict[str, list[dict]]]:
+    """Each model's `attack_evaluation` on the same images; returns {model: evaluation}.
 
     The smoothed model stands there with its base network: these attacks do not see the noise.
     """
-    tables, curves = {}, {}
+    evaluations = {}
     for name, model in models.items():
-        print(f"Attacking the {name} model on {len(dataset)} test images")
-        tables[name] = attack_table(model, dataset, steps=steps)
-        for attack, rows in epsilon_curves(model, dataset, steps=max(steps // 2, 1)).items():
-            curves[f"{name}, {attack}"] = rows
-    return tables, curves
+        print(f"Attacking the {name} model on {len(indices)} test images")
+        evaluations[name] = attack_evaluation(model, test, indices, indices, steps=steps)
+        print(warning_lines(evaluations[name]["warnings"]))
+    return evaluations
 
 
 def certify_models(
@@ -90,6 +96,7 @@ def certify_models(
     facts: Mapping,
     resume: bool,
     shard: tuple[int, int] = (1, 1),
+    two_sided: bool = False,
 ) -> dict[str, list[dict]]:
     """Certify each model, smoothed with the same noise, on the same images; see `certify`.
 
@@ -98,6 +105,7 @@ def certify_models(
     up those of an interrupted run, see `record_certificates`. Returns {model: rows}.
     """
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
+    settings |= {"two_sided": True} if two_sided else {}
     part, parts = shard
     indices = indices[part - 1 :: parts]
     of = {"shard": f"{part}/{parts}"} if parts > 1 else {}
@@ -118,6 +126,14 @@ def certify_models(
             resume=resume,
         )
     return rows
+
+
+def recorded_precision(
+    results: str | Path, name: str, shard: tuple[int, int] = (1, 1)
+) -> str | None:
+    """The precision of a model's certificates from an earlier run; None if there are none."""
+    twin = _certificates(results, name, shard).with_suffix(".json")
+    return read_twin(twin)["settings"].get("precision") if twin.exists() else None
 
 
 def merge_shards(models: Iterable[str], results: str | Path, parts: int) -> dict[str, list[dict]]:
@@ -175,20 +191,8 @@ def challenge_models(
         )
 
 
-def attack_comparison(tables: Mapping[str, Sequence[Mapping]]) -> str:
-    """Accuracy of each model on clean images and under each attack, side by side."""
-    lines = []
-    for rows in zip(*tables.values(), strict=True):
-        row = rows[0]
-        ball = f"{row['norm']} {row['epsilon']:g}, {row['attack']}"
-        cells = (percent(r["accuracy"], r["low"], r["high"]) for r in rows)
-        lines.append(("clean" if row["attack"] == "none" else ball, *cells))
-    return format_table(("accuracy % [95 % interval]", *tables), lines)
-
-
 def report_comparison(
-    tables: Mapping[str, Sequence[Mapping]],
-    curves: Mapping[str, Sequence[Mapping]],
+    evaluations: Mapping[str, Mapping[str, list[dict]]],
     certificates: Mapping[str, Sequence[Mapping]],
     test: TensorDataset,
     *,
@@ -198,29 +202,13 @@ def report_comparison(
     figures: str | Path,
 ) -> None:
     """Print the tables, write the attack rows, draw the figures."""
-    print("\n" + attack_comparison(tables))
+    _report_attacks(evaluations, facts, Path(results), Path(figures))
     radii = [step * sigma / 2 for step in range(7)]
     print("\n" + certificate_lines(certificates, radii))
     print("\n" + population_lines(certificates, radii[2::2]))
-    rows = [
-        {"part": "table", "model": name, **row} for name, rows in tables.items() for row in rows
-    ]
-    rows += [
-        {"part": "curve", "model": name.split(", ")[0], **row}
-        for name, curve in curves.items()
-        for row in curve
-    ]
-    write_rows(Path(results) / "comparison_attacks.csv", rows)
-    write_json(Path(results) / "comparison_attacks.json", dict(facts))
-
     figures = Path(figures)
     first = next(iter(certificates.values()))
     setting = f"$\\sigma$ = {sigma:g}, {len(first)} test images, n = {int(first[0]['n']):,}"
-    # Twelve curves in two panels cannot be read: the figure takes the stronger attack.
-    strongest = {n.split(", ")[0]: rows for n, rows in curves.items() if "PGD" in n}
-    plot_accuracy_against_epsilon(
-        strongest, figures / "comparison_accuracy_against_epsilon.png", "Accuracy under PGD"
-    )
     plot_certified_accuracy(
         certificates,
         figures / "comparison_certified_accuracy.png",
@@ -231,6 +219,37 @@ def report_comparison(
         *_extremes(certificates, test),
         path=figures / "comparison_radii.png",
         title=f"Smallest and largest certified radii of correct predictions, $\\sigma$ = {sigma:g}",
+    )
+
+
+def _report_attacks(
+    evaluations: Mapping[str, Mapping[str, list[dict]]],
+    facts: Mapping,
+    results: Path,
+    figures: Path,
+) -> None:
+    """The part of `report_comparison` that is about attacks."""
+
+    def of_all(part: str) -> dict[str, list[dict]]:
+        return {name: found[part] for name, found in evaluations.items()}
+
+    print("\n" + attack_comparison(of_all("table")))
+    print("\n" + median_lines(of_all("smallest_epsilons")))
+    rows = [row for name, found in evaluations.items() for row in attack_rows(found, model=name)]
+    write_rows(results / "comparison_attacks.csv", rows)
+    warnings = of_all("warnings")
+    write_json(results / "comparison_attacks.json", {**facts, "warnings": warnings})
+    smallest = [
+        {"model": name, **row} for name, rows in of_all("smallest_epsilons").items() for row in rows
+    ]
+    write_rows(results / "comparison_smallest_epsilons.csv", smallest)
+    plot_accuracy_against_epsilon(
+        of_all("curve"),
+        figures / "comparison_accuracy_against_epsilon.png",
+        f"Accuracy under {smallest[0]['attack']}",
+        warnings=[
+            f"{name}, {text}" for name in warnings for text in short_warnings(warnings[name])
+        ],
     )
 
 

@@ -39,7 +39,14 @@ def process_group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # Long: the first process may certify for hours after the others. If one of them dies,
     # torchrun ends the others at once.
-    dist.init_process_group(backend, timeout=timedelta(days=7))
+    store, number, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(_attempt(), store),
+        rank=number,
+        world_size=world,
+        timeout=timedelta(days=7),
+    )
     try:
         with ExitStack() as stack:
             if not is_main():
@@ -48,6 +55,17 @@ def process_group() -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """A prefix of the store's keys, the same in all processes of one attempt.
+
+    torchrun may keep its store when it starts the processes again; they would then find the
+    addresses of those that died. Machines count restarts each for itself, so with several of
+    them the numbers differ and torchrun's own keys have to do.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}" if alone else "attempt"
 
 
 def rank() -> int:
@@ -66,8 +84,15 @@ def is_main() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun started the processes again after one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun started the processes again after one of them had died.
+
+    All have to ask at the same time: on another machine the count of restarts stays at 0.
+    """
+    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if processes() > 1:
+        count = count.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+    return int(count) > 0
 
 
 def wait_for_all() -> None:

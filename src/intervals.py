@@ -4,6 +4,7 @@ The images are taken for independent draws from a population; that is what the i
 """
 
 import numpy as np
+from scipy.stats import binom
 from statsmodels.stats.proportion import proportion_confint
 
 from src.certification import (
@@ -71,6 +72,33 @@ def accuracy_interval(successes, trials, confidence=0.95):
     # statsmodels leaves NaN where an end of the interval is exact.
     low, high = np.where(successes == 0, 0.0, low), np.where(successes == trials, 1.0, high)
     return low[()], high[()]
+
+
+def median_interval(values, confidence=0.95):
+    """Two-sided interval for the median of the population that `values` were drawn from.
+
+    Between the k-th smallest and the k-th largest value, for the largest k at which fewer than k
+    of N fair coins fall on heads with probability at most (1 - confidence) / 2. Exact order
+    statistics (David & Nagaraja, Order Statistics, 2003, section 7.1): the median is covered with
+    probability at least `confidence`, whatever the distribution.
+
+    Args:
+        values: (N,) numbers, infinite ones allowed, N >= 1.
+        confidence: in (0, 1).
+    Returns:
+        (low, high), float64; (-inf, inf) if there are too few values, at 0.95 fewer than six.
+    Raises:
+        ValueError: naming the argument that is out of its range.
+    """
+    values = np.sort(np.asarray(values, dtype=np.float64))
+    if values.ndim != 1 or values.size == 0 or np.any(np.isnan(values)):
+        raise ValueError("'values' must be one-dimensional, not empty and free of NaN.")
+    tail = (1 - float(check_open_unit("confidence", confidence))) / 2
+    # The smallest count whose cumulative probability reaches `tail`: no smaller one does.
+    rank = int(binom.ppf(tail, values.size, 0.5))
+    if rank == 0:
+        return -np.inf, np.inf
+    return float(values[rank - 1]), float(values[-rank])
 
 
 def possibly_certified(top_count, trials, prediction, label, at, sigma, alpha):

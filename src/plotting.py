@@ -4,6 +4,7 @@ The object interface of matplotlib is used throughout: no window, no global stat
 """
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -15,6 +16,7 @@ from src.intervals import accuracy_interval
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; one for each model or attack.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
+ALARM = "#C00000"
 CYCLE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9")
 _STYLE = {
     "font.size": 10,
@@ -90,7 +92,11 @@ def plot_held_out_robustness(
 
 
 def plot_accuracy_against_epsilon(
-    curves: Mapping[str, Sequence[Mapping]], path: str | os.PathLike, title: str
+    curves: Mapping[str, Sequence[Mapping]],
+    path: str | os.PathLike,
+    title: str,
+    *,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Accuracy against the radius of the attack, a panel a norm, with 95 % intervals.
 
@@ -99,9 +105,12 @@ def plot_accuracy_against_epsilon(
             of the form "model, attack" share a colour by model and a line style by attack.
         path: image file to write.
         title: of the figure.
+        warnings: reasons not to believe it, written in red beneath the panels.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 3.9), layout="constrained")
+        text = textwrap.fill("warning: " + "; ".join(warnings), 130) if warnings else ""
+        # The panels keep their height, whatever is written beneath them.
+        figure = Figure(figsize=(10, 3.9 + 0.2 * len(text.splitlines())), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         groups = list(dict.fromkeys(name.split(", ")[0] for name in curves))
         dashes = list(dict.fromkeys(name.partition(", ")[2] for name in curves))
@@ -129,7 +138,10 @@ def plot_accuracy_against_epsilon(
         panels[0].set_ylabel("accuracy")
         handles, labels = panels[0].get_legend_handles_labels()
         # Below the panels: robust models keep their curves where a legend would stand.
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        # As the title of the legend it moves with it, and can cover nothing.
+        legend.set_title(text, {"size": 8})
+        legend.get_title().set(color=ALARM, multialignment="center")
         figure.suptitle(title)
         _save(figure, path)
 

@@ -13,7 +13,7 @@ from src.models import SmoothClassifier
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import load_mnist
 
-_COUNTED = ("label", "prediction", "correct", "top_count")
+_COUNTED = ("label", "prediction", "correct", "top_count", "rival_count")
 
 
 def data_digest(dataset: TensorDataset) -> str:
@@ -62,10 +62,11 @@ def redraw(
             **settings,
             seed=int(row["seed"]),
             indices=[int(row["index"])],
+            two_sided="rival_count" in row,
             progress=False,
         )
         # The counts decide; bounds and radii follow from them, which `verify` checks.
-        if any(str(again[key]) != row[key] for key in _COUNTED):
+        if any(str(again.get(key)) != str(row.get(key)) for key in _COUNTED):
             problems.append(f"image {row['index']} drawn again gives another row")
     return problems
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from src.attack_evaluation import attack_evaluation, attack_rows
 from src.attacks import gradient_attack, pgd_attack
 from src.certificates import record_certificates, write_rows
+from src.checklist import short_warnings, warning_lines
 from src.files import write_json
 from src.models import ABSTAIN, SmoothClassifier
 from src.plotting import (
@@ -20,8 +22,8 @@ from src.plotting import (
     plot_gallery,
 )
 from src.redraw import certificate_settings
-from src.robustness import accuracy_row, attack_table, epsilon_curves
-from src.tables import attack_lines, certificate_lines, format_table, percent
+from src.robustness import accuracy_row
+from src.tables import attack_lines, certificate_lines, format_table, median_lines, percent
 from src.training_and_evaluation import accuracy, evaluate_robustness
 from src.utils import spread, spread_indices, subset
 
@@ -49,23 +51,33 @@ def report_attacks(
         figures, results: folders.
         facts: what made the result, for the JSON twin of the rows.
         images: how many test images the table takes, at equal distances.
-        curve_images: how many the curves take.
-        steps: of PGD in the table; the curves take half as many.
+        curve_images: for how many the smallest epsilon is looked for.
+        steps: of PGD in the table; the search takes half as many.
 
     Returns:
         The rows of the table.
     """
-    table = attack_table(model, spread(test, images), steps=steps)
+    found = attack_evaluation(
+        model,
+        test,
+        spread_indices(len(test), images),
+        spread_indices(len(test), curve_images),
+        steps=steps,
+    )
+    table, smallest = found["table"], found["smallest_epsilons"]
     print(f"\n{title} under attack ({table[0]['images']:,} test images)")
     print(attack_lines(table))
-    curves = epsilon_curves(model, spread(test, curve_images), steps=max(steps // 2, 1))
-    rows = [{"part": "table", **row} for row in table]
-    rows += [{"part": "curve", **row} for curve in curves.values() for row in curve]
+    print("\n" + median_lines({title: smallest}))
+    print("\n" + warning_lines(found["warnings"]))
     results, figures = Path(results), Path(figures)
-    write_rows(results / f"{name}_attacks.csv", rows)
-    write_json(results / f"{name}_attacks.json", dict(facts))
+    write_rows(results / f"{name}_attacks.csv", attack_rows(found))
+    write_json(results / f"{name}_attacks.json", {**facts, "warnings": found["warnings"]})
+    write_rows(results / f"{name}_smallest_epsilons.csv", smallest)
     plot_accuracy_against_epsilon(
-        curves, figures / f"{name}_accuracy_against_epsilon.png", f"{title} under attack"
+        {smallest[0]["attack"]: found["curve"]},
+        figures / f"{name}_accuracy_against_epsilon.png",
+        f"{title} under attack",
+        warnings=short_warnings(found["warnings"]),
     )
     plot_gallery(
         *_adversarial_gallery(model, test, steps),

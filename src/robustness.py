@@ -1,6 +1,6 @@
-"""Accuracy under attack: tables at fixed radii and curves against the radius."""
+"""Accuracy under attack at fixed radii."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,35 +14,35 @@ from src.checks import check_count
 from src.intervals import accuracy_interval
 from src.strong_attacks import strongest_attack_stages
 from src.training_and_evaluation import correct
-from src.utils import subset
 
 # The radii of the tables, in pixel units.
 RADII = (("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 1.0), ("l2", 2.0))
-# The radii of the curves: far enough that a working attack brings every model down to chance.
-CURVES = {
-    "linf": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
-    "l2": (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
-}
+SINGLE_STEP = "single step"
 
 
 def attacks(steps: int = 40) -> dict[str, Callable]:
     """The attacks of tables and curves by name: (model, images, labels, epsilon, norm)."""
     return {
-        "single step": gradient_attack,
+        SINGLE_STEP: gradient_attack,
         # From the single step and from a random point: each start is the weaker one somewhere.
-        f"2x PGD-{steps}": partial(pgd_attack, steps=steps, restarts=2, early_stop=True),
+        multi_step_name(steps): partial(pgd_attack, steps=steps, restarts=2, early_stop=True),
     }
 
 
-def attack_table(
+def multi_step_name(steps: int) -> str:
+    """The name of PGD in `attacks`, in rows and in figures."""
+    return f"2x PGD-{steps}"
+
+
+def attack_hits(
     model: nn.Module,
     dataset: TensorDataset,
     *,
     steps: int = 40,
     radii: Sequence[tuple[str, float]] = RADII,
     progress: bool = True,
-) -> list[dict]:
-    """Accuracy on clean images and under each attack at each radius.
+) -> dict[tuple[str, str, float], torch.Tensor]:
+    """Which images are classified correctly: clean, and under each attack at each radius.
 
     Args:
         model: images -> logits (B, classes).
@@ -52,15 +52,32 @@ def attack_table(
         progress: show a progress bar.
 
     Returns:
+        (attack, norm, epsilon) -> bool (N,); ("none", "", 0.0) are the clean images.
+    """
+    hits = {("none", "", 0.0): correct(model, dataset)}
+    plan = [(name, attack, *ball) for ball in radii for name, attack in attacks(steps).items()]
+    for name, attack, norm, epsilon in tqdm(plan, desc="attacking", disable=not progress):
+        bounded = partial(attack, epsilon=epsilon, norm=norm)
+        hits[name, norm, epsilon] = correct(model, dataset, attack=bounded)
+    return hits
+
+
+def table_rows(hits: Mapping[tuple[str, str, float], torch.Tensor]) -> list[dict]:
+    """The rows of `attack_table` out of `attack_hits`."""
+    return [accuracy_row(*where, right) for where, right in hits.items()]
+
+
+def attack_table(model: nn.Module, dataset: TensorDataset, **options) -> list[dict]:
+    """Accuracy on clean images and under each attack at each radius.
+
+    Args:
+        model, dataset, options: those of `attack_hits`.
+
+    Returns:
         Rows with `attack`, `norm`, `epsilon`, `images`, `correct` (counts), `accuracy` and its
         95 % interval `low`, `high` (Clopper-Pearson, test sampling).
     """
-    rows = [accuracy_row("none", "", 0.0, correct(model, dataset))]
-    plan = [(name, attack, *ball) for ball in radii for name, attack in attacks(steps).items()]
-    for name, attack, norm, epsilon in tqdm(plan, desc="attacking", disable=not progress):
-        hits = correct(model, dataset, attack=partial(attack, epsilon=epsilon, norm=norm))
-        rows.append(accuracy_row(name, norm, epsilon, hits))
-    return rows
+    return table_rows(attack_hits(model, dataset, **options))
 
 
 def hits_by_stage(
@@ -103,38 +120,6 @@ def hits_by_stage(
             standing = standing & correct(model, TensorDataset(points, labels))
             hits.setdefault(name, []).append(standing)
     return {name: torch.cat(parts) for name, parts in hits.items()}
-
-
-def epsilon_curves(
-    model: nn.Module,
-    dataset: TensorDataset,
-    *,
-    steps: int = 20,
-    progress: bool = True,
-) -> dict[str, list[dict]]:
-    """Accuracy against the radius for both norms, a curve an attack.
-
-    An image that PGD has broken at a smaller radius counts as broken at every larger one, whose
-    ball contains it; so its curve never rises and later radii cost less. The curve of the
-    single step is left as it comes: where it rises, the gradient misleads.
-
-    Returns:
-        Name of the attack -> rows as in `attack_table`.
-    """
-    curves = {}
-    plan = [(name, attack, norm) for name, attack in attacks(steps).items() for norm in CURVES]
-    for name, attack, norm in tqdm(plan, desc="curves", disable=not progress):
-        alive = torch.ones(len(dataset), dtype=torch.bool)
-        for epsilon in CURVES[norm]:
-            chosen = alive.nonzero()[:, 0]
-            hits = torch.zeros_like(alive)
-            if len(chosen):
-                bounded = partial(attack, epsilon=epsilon, norm=norm)
-                hits[chosen] = correct(model, subset(dataset, chosen), attack=bounded)
-            if "PGD" in name:
-                alive = hits
-            curves.setdefault(name, []).append(accuracy_row(name, norm, epsilon, hits))
-    return curves
 
 
 def accuracy_row(attack: str, norm: str, epsilon: float, hits: torch.Tensor) -> dict:

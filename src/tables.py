@@ -9,6 +9,7 @@ from src.intervals import (
     accuracy_interval,
     average_certified_radius,
     certified_accuracy,
+    median_interval,
     population_certified_accuracy_interval,
     possibly_certified,
 )
@@ -51,6 +52,38 @@ def attack_lines(rows: Sequence[Mapping]) -> str:
         for row in rows
     ]
     return format_table(("images", "attack", "accuracy % [95 % interval]"), lines)
+
+
+def attack_comparison(tables: Mapping[str, Sequence[Mapping]]) -> str:
+    """Accuracy of each model on clean images and under each attack, side by side."""
+    lines = []
+    for rows in zip(*tables.values(), strict=True):
+        row = rows[0]
+        ball = f"{row['norm']} {row['epsilon']:g}, {row['attack']}"
+        cells = (percent(r["accuracy"], r["low"], r["high"]) for r in rows)
+        lines.append(("clean" if row["attack"] == "none" else ball, *cells))
+    return format_table(("accuracy % [95 % interval]", *tables), lines)
+
+
+def median_lines(rows_by_model: Mapping[str, Sequence[Mapping]]) -> str:
+    """The smallest epsilons that break half of the images, a column a model.
+
+    Args:
+        rows_by_model: name -> rows with `norm` and `smallest_epsilon`, the same norms in all.
+    """
+    norms = dict.fromkeys(row["norm"] for rows in rows_by_model.values() for row in rows)
+    lines = []
+    for norm in norms:
+        columns = [
+            np.array([float(row["smallest_epsilon"]) for row in rows if row["norm"] == norm])
+            for rows in rows_by_model.values()
+        ]
+        medians = ((np.median(values), *median_interval(values)) for values in columns)
+        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*median) for median in medians)
+        lines.append((f"{norm}, median", *cells))
+        unbroken = (f"{np.isinf(values).sum()} of {len(values):,}" for values in columns)
+        lines.append((f"{norm}, not broken", *unbroken))
+    return format_table(("smallest epsilon [95 % interval]", *rows_by_model), lines)
 
 
 def summarise(rows: Sequence[Mapping], radii: Sequence[float]) -> dict:
@@ -102,6 +135,14 @@ def certificate_lines(
         ("average certified radius", *(f"{s['acr']:.4f}" for s in summaries)),
         ("mean p_lower", *(f"{s['mean_p_lower']:.4f}" for s in summaries)),
     ]
+    if all("radius_two_sided" in rows[0] for rows in rows_by_model.values()):
+        # With bounds on the rivals too, each certificate at the same odds as a plain one.
+        swapped = [
+            [{**row, "radius": row["radius_two_sided"]} for row in rows]
+            for rows in rows_by_model.values()
+        ]
+        tight = [summarise(rows, ())["acr"] for rows in swapped]
+        lines.append(("average radius, two-sided", *(f"{acr:.4f}" for acr in tight)))
     return format_table(("certificates [95 % interval]", *rows_by_model), lines)
 
 

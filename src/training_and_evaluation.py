@@ -303,6 +303,7 @@ def evaluate_robustness(
     batch_size: int | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    two_sided: bool = False,
     progress: bool = True,
 ) -> Iterator[dict]:
     """Certify every image of a data set: one row an image, as soon as it is finished.
@@ -312,12 +313,13 @@ def evaluate_robustness(
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         n0, n, alpha, batch_size, seed: as for `SmoothClassifier.certify`.
         indices: the images of `dataset` to certify; default: all.
+        two_sided: give the certificate from bounds on both sides as well.
         progress: show a progress bar.
 
     Returns:
         An iterator of dictionaries with the columns of the result rows: `index`, `label`,
         `prediction`, `correct` (0 or 1), `radius`, `p_lower`, `top_count`, `n0`, `n`, `alpha`,
-        `sigma`, `seed`.
+        `sigma`, `seed`; with `two_sided` also `rival_count` and `radius_two_sided`.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -337,6 +339,10 @@ def evaluate_robustness(
                 image, **settings, batch_size=batch_size, seed=seed, indices=[index]
             )
             prediction = int(certificate.prediction)
+            tight = {
+                "rival_count": int(certificate.rival_count),
+                "radius_two_sided": float(certificate.radius_two_sided),
+            }
             yield {
                 "index": int(index),
                 "label": label,
@@ -348,6 +354,7 @@ def evaluate_robustness(
                 **settings,
                 "sigma": smooth_classifier.sigma,
                 "seed": seed,
+                **(tight if two_sided else {}),
             }
 
     return rows()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from src.certificates import read_rows, write_rows
+from src.certificates import COLUMNS, TWO_SIDED, check_rows, read_rows, write_rows
 
 ROWS = [
     {"radius": 0.5, "correct": 1, "prediction": 3, "p_lower": 0.9},
@@ -74,3 +75,25 @@ def test_rows_that_cannot_be_written_leave_the_old_file(tmp_path, bad):
 def test_missing_rows_are_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         read_rows(tmp_path / "absent.csv")
+
+
+def test_two_sided_columns_are_checked_against_their_counts(tmp_path):
+    # (sigma / 2)(Phi^-1(p_A) - Phi^-1(p_B)), p_A at alpha / 2 and p_B at alpha / 18.
+    n, alpha, top, rival = 1000, 0.001, 800, 150
+    p_lower = stats.beta.ppf(alpha, top, n - top + 1)
+    low = stats.beta.ppf(alpha / 2, top, n - top + 1)
+    high = stats.beta.isf(alpha / 18, rival + 1, n - rival)
+    radii = stats.norm.ppf(p_lower), (stats.norm.ppf(low) - stats.norm.ppf(high)) / 2
+    values = (0, 7, 7, 1, radii[0], p_lower, top, 100, n, alpha, 1.0, 0, rival, radii[1])
+    row = dict(zip(COLUMNS + TWO_SIDED, map(str, map(plain, values)), strict=True))
+    path = tmp_path / "rows.csv"
+    for changed, count in (({}, 0), ({"rival_count": "151"}, 1), ({"radius_two_sided": "0.9"}, 1)):
+        write_rows(path, [row | changed])
+        problems = check_rows([row | changed], path.read_text(), COLUMNS + TWO_SIDED)
+        assert len(problems) == count
+    # A column that the settings do not announce is no column of the table.
+    assert check_rows([row], path.read_text())
+
+
+def plain(value):
+    return float(value) if isinstance(value, float) else value

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIR = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 # torchrun would take --n for a short form of its own options without the two dashes.
 END = "--"
+# Runs are compared byte for byte: none may choose its own precision.
 COMPARE = ["--every", "1000", "--n", "500", "--steps", "1", "--sigma", "0.5"]
+COMPARE += ["--precision", "float32"]
 
 
 def start(command, cwd, **options):

@@ -71,8 +71,8 @@ def test_rows_agree_with_certify_and_have_the_columns_of_the_contract(indices):
     chosen = list(indices or range(6))
     assert all(",".join(row) == COLUMNS for row in rows)
     expected = smooth.certify(dataset.tensors[0][chosen], indices=chosen, **settings)
-    for field, values in expected._asdict().items():
-        assert [row[field] for row in rows] == values.tolist()
+    for field in ("prediction", "radius", "p_lower", "top_count"):
+        assert [row[field] for row in rows] == getattr(expected, field).tolist()
     assert [row["index"] for row in rows] == chosen
     assert [row["label"] for row in rows] == labels[chosen].tolist()
     for row in rows:

@@ -14,6 +14,7 @@ from src.intervals import (
     accuracy_interval,
     average_certified_radius,
     certified_accuracy,
+    median_interval,
     population_certified_accuracy_interval,
     possibly_certified,
 )
@@ -109,3 +110,43 @@ def test_what_the_votes_rule_out():
 def test_bad_arguments_are_named(call, name):
     with pytest.raises(ValueError, match=f"'{name}'"):
         call()
+
+
+def test_median_interval_is_the_textbook_one():
+    # Ten values at 95 %: from the second smallest to the second largest, covered at 97.9 %.
+    assert median_interval(np.arange(10.0)[::-1]) == (1, 8)
+    assert median_interval([0.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == (0, 5)
+    assert median_interval([0.0, 1.0, 2.0, 3.0, 4.0]) == (-np.inf, np.inf)
+    assert median_interval([0.0] * 20 + [np.inf] * 20) == (0, np.inf)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+@pytest.mark.parametrize("count", [6, 7, 10, 33, 100, 501, 1000])
+def test_median_interval_covers_and_is_as_short_as_it_may_be(count, confidence):
+    low, high = median_interval(np.arange(1.0, count + 1), confidence)
+    if np.isinf(low):
+        assert 2 * stats.binom.cdf(0, count, 0.5) > 1 - confidence
+        return
+    assert low + high == count + 1
+    # A continuous population's median lies below the k-th smallest of `count` draws exactly if
+    # fewer than k of them fall below the median: a count of fair coins. Likewise above.
+    missed = 2 * stats.binom.cdf(low - 1, count, 0.5)
+    assert missed <= 1 - confidence < 2 * stats.binom.cdf(low, count, 0.5)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6])
+def test_median_interval_covers_a_population_with_atoms(share):
+    # The median of values that are 0 with probability `share`, else inf, is 0 (at one half,
+    # any number). Missed if both ends are inf: exact by the binomial count of zeros.
+    missed = sum(
+        stats.binom.pmf(zeros, 30, share)
+        for zeros in range(31)
+        if median_interval([0.0] * zeros + [np.inf] * (30 - zeros))[0] > 0
+    )
+    assert missed <= 0.025
+
+
+@pytest.mark.parametrize("values", [[], [[1.0]], [1.0, np.nan]])
+def test_median_interval_refuses(values):
+    with pytest.raises(ValueError, match="'values'"):
+        median_interval(values)

@@ -112,6 +112,28 @@ def test_every_plot_has_its_title_and_named_axes(drawn, name):
         assert axes.get_ylabel() or axes is not figure.axes[0]
 
 
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_warnings_are_written_in_red_and_cover_nothing(monkeypatch, count):
+    figures = []
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: figures.append(figure))
+    warnings = [f"model {k}, gradient-free stronger at linf 0.1: 7 of 200 images" for k in range(9)]
+    plot_accuracy_against_epsilon(CURVES, "unused.png", "title", warnings=warnings[:count])
+    (figure,) = figures
+    figure.draw_without_rendering()
+    title = figure.legends[0].get_title()
+    text = title.get_text().replace("\n", " ")
+    assert text == ("warning: " + "; ".join(warnings[:count]) if count else "")
+    if count:
+        assert title.get_color() == plotting.ALARM
+        written = title.get_window_extent()
+        page = figure.bbox
+        assert page.x0 <= written.x0 <= written.x1 <= page.x1
+        assert page.y0 <= written.y0
+        others = [axes.get_tightbbox() for axes in figure.axes]
+        others += [label.get_window_extent() for label in figure.legends[0].get_texts()]
+        assert not any(written.overlaps(other) for other in others)
+
+
 @pytest.mark.parametrize(("name", "rows"), [("A", ROWS), ("B", ROWS[:3])])
 def test_certified_accuracy_is_the_share_at_or_above_each_radius(drawn, name, rows):
     (axes,) = drawn("certified").axes

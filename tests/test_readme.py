@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from src.certificates import read_rows, verify
-from src.comparison import MODELS, attack_comparison
-from src.tables import certificate_lines, population_lines
+from src.comparison import MODELS
+from src.tables import attack_comparison, certificate_lines, population_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "reference" / "results"

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from src.certificates import read_rows, record_certificates, write_rows
+from src.certificates import read_rows, record_certificates, verify, write_rows
 from src.checkpoints import save_checkpoint
 from src.models import ConvNN, SmoothClassifier
 from src.redraw import certificate_settings, redraw
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import load_mnist
 
-SETTINGS = {"n0": 100, "n": 500, "alpha": 0.001, "seed": 3}
+SETTINGS = {"n0": 100, "n": 500, "alpha": 0.001, "seed": 3, "two_sided": True}
 INDICES = [7, 1234, 9999]
 
 
@@ -37,12 +37,14 @@ def recorded(request, tmp_path_factory, mnist_root):
 
 
 def test_rows_drawn_again_are_the_same(recorded, mnist_root):
+    assert verify(recorded / "rows.csv") == []
     assert redraw(recorded / "rows.csv", 99, recorded / "model.pt", mnist_root) == []
 
 
-def test_altered_counts_are_found(recorded, mnist_root, tmp_path):
+@pytest.mark.parametrize("count", ["top_count", "rival_count"])
+def test_altered_counts_are_found(recorded, mnist_root, tmp_path, count):
     rows = read_rows(recorded / "rows.csv")
-    rows[1]["top_count"] = str(int(rows[1]["top_count"]) + 1)
+    rows[1][count] = str(int(rows[1][count]) + 1)
     write_rows(tmp_path / "rows.csv", rows)
     (tmp_path / "rows.json").write_bytes((recorded / "rows.json").read_bytes())
     (problem,) = redraw(tmp_path / "rows.csv", 3, recorded / "model.pt", mnist_root)

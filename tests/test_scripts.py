@@ -85,12 +85,36 @@ def test_json_twin_says_what_made_the_rows(finished):
     assert facts["settings"]["model_digest"] == weights_digest(weights)
 
 
+def test_json_twin_keeps_what_the_checklist_found(finished):
+    keys = {"check", "seen", "norm", "epsilon", "images", "of", "advice"}
+    twins = {
+        name: json.loads((finished / "results" / f"{name}_attacks.json").read_text())["warnings"]
+        for name in ("standard_training", "adversarial_training", "comparison")
+    }
+    assert set(twins["comparison"]) == {"standard", "adversarial", "smoothed"}
+    for warnings in (*twins.pop("comparison").values(), *twins.values()):
+        assert all(set(warning) == keys for warning in warnings)
+
+
 def test_attack_rows_count_images(finished):
     rows = read_rows(finished / "results" / "standard_training_attacks.csv")
     table = [row for row in rows if row["part"] == "table"]
     # Clean, and two attacks at each of five radii.
     assert len(table) == 11
     assert all(int(r["correct"]) <= int(r["images"]) == 100 for r in table)
+
+
+@pytest.mark.parametrize("name", ["standard_training", "adversarial_training", "comparison"])
+def test_curves_are_those_of_the_smallest_epsilons(finished, name):
+    smallest = read_rows(finished / "results" / f"{name}_smallest_epsilons.csv")
+    rows = read_rows(finished / "results" / f"{name}_attacks.csv")
+    curve = [row for row in rows if row["part"] == "curve"]
+    assert len(curve) == 21 * (3 if name == "comparison" else 1)
+    for row in curve:
+        found = [s for s in smallest if all(s.get(k) == row.get(k) for k in ("norm", "model"))]
+        assert len(found) == int(row["images"]) == (10 if name == "comparison" else 50)
+        standing = [s for s in found if float(s["smallest_epsilon"]) > float(row["epsilon"])]
+        assert len(standing) == int(row["correct"])
 
 
 def test_same_command_gives_the_same_bytes(finished, tmp_path, monkeypatch):
@@ -113,6 +137,18 @@ def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root)
     )
     assert ended.stderr.strip().splitlines()[-1] == sentence
     assert not (tmp_path / "results").exists()
+
+
+def test_a_resumed_run_keeps_the_precision_of_its_rows(finished, monkeypatch, capsys):
+    # A busy machine may measure otherwise the second time; the rows that stand must not be lost.
+    monkeypatch.chdir(finished)
+    path = finished / "results" / "certificates_smoothed.csv"
+    before, stored = path.read_bytes(), main_compare.recorded_precision("results", "smoothed")
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[stored]
+    monkeypatch.setattr(main_compare, "fastest_precision", lambda network: other)
+    main_compare.main(["--quick", "--resume"])
+    assert path.read_bytes() == before
+    assert f"in {stored}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -12,6 +12,7 @@ from src.tables import (
     attack_lines,
     certificate_lines,
     format_table,
+    median_lines,
     percent,
     population_lines,
     summarise,
@@ -132,6 +133,16 @@ def test_attack_table_names_the_ball():
     lines = attack_lines(rows).split("\n")
     assert lines[2].split() == ["clean", "100.0", "[90.0,", "100.0]"]
     assert lines[3].split() == ["linf", "0.1", "PGD-40", "50.0", "[0.0,", "100.0]"]
+
+
+def test_median_table_by_hand():
+    rows = [{"norm": "linf", "smallest_epsilon": k / 10} for k in range(10)]
+    rows += [{"norm": "l2", "smallest_epsilon": str(k)} for k in (1.0, 2.5, np.inf)]
+    lines = median_lines({"A": rows}).split("\n")[2:]
+    assert lines[0].split() == ["linf,", "median", "0.450", "[0.100,", "0.800]"]
+    assert lines[1].split() == ["linf,", "not", "broken", "0", "of", "10"]
+    assert lines[2].split() == ["l2,", "median", "2.500", "[-inf,", "inf]"]
+    assert lines[3].split() == ["l2,", "not", "broken", "1", "of", "3"]
 
 
 def test_population_interval_is_wider_than_sampling_alone():
