@@ -50,6 +50,7 @@ def main(argv=None):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        precision=args.precision,
         seed=args.seed,
         loss_schedule=ramped_adversarial_loss(attack, args.epsilon, loss=loss),
         watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),

@@ -8,7 +8,7 @@ models/randomized_smoothing.pt, results/randomized_smoothing_certificates.csv an
 from pathlib import Path
 
 from src.checkpoints import save_checkpoint
-from src.command_line import number, parse, provenance, run, script_parser, training_options
+from src.command_line import count, number, parse, provenance, run, script_parser, training_options
 from src.distributed import is_main
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import plot_training
@@ -27,7 +27,16 @@ def main(argv=None):
         "--sigma", type=number(), default=0.5, help="standard deviation of the noise, pixel units"
     )
     parser.add_argument("--method", choices=METHODS, default="gaussian", help="of training")
+    parser.add_argument("--name", default=NAME, help="of the files written")
+    parser.add_argument(
+        "--every", type=count(), default=100, help="certify every so many test images"
+    )
+    parser.add_argument(
+        "--n", type=count(), default=10_000, help="noisy copies that bound a probability"
+    )
     args = parse(parser, argv)
+    if args.quick:
+        args.every, args.n = 50, 500
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
@@ -37,7 +46,8 @@ def main(argv=None):
         f"Training of ConvNN {args.channels} under noise of sigma = {args.sigma:g}, "
         f"{args.method}, on {len(train):,} images, {device}"
     )
-    smooth = SmoothClassifier(ConvNN(args.channels, args.hidden), args.sigma).to(device)
+    network = ConvNN(args.channels, args.hidden)
+    smooth = SmoothClassifier(network, args.sigma, precision=args.precision).to(device)
     history = train_model(
         smooth,
         train,
@@ -45,6 +55,7 @@ def main(argv=None):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        precision=args.precision,
         seed=args.seed,
         # One noisy draw per image: what the smoothed classifier averages over.
         watch=lambda model: {"clean": accuracy(model, held_out)},
@@ -55,21 +66,21 @@ def main(argv=None):
         "sigma": args.sigma,
         "seconds": history["epochs"][-1]["seconds"],
     }
-    path = save_checkpoint(Path(args.models) / f"{NAME}.pt", smooth.base_classifier, **facts)
-    plot_training(history, figures / f"{NAME}_curves.png", f"{TITLE}, sigma = {args.sigma:g}")
+    path = save_checkpoint(Path(args.models) / f"{args.name}.pt", smooth.base_classifier, **facts)
+    plot_training(history, figures / f"{args.name}_curves.png", f"{TITLE}, sigma = {args.sigma:g}")
     print(f"Saved {path}")
 
     report_smoothing(
         smooth,
         test,
-        name=NAME,
+        name=args.name,
         title=TITLE,
         figures=figures,
         results=Path(args.results),
         facts=facts,
         images=50 if args.quick else 1000,
-        certified=10 if args.quick else 100,
-        n=500 if args.quick else 10_000,
+        indices=range(0, len(test), args.every),
+        n=args.n,
         seed=args.seed,
     )
     print(f"Figures in {args.figures}/, rows in {args.results}/")

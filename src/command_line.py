@@ -14,6 +14,7 @@ import torch
 
 from src.distributed import process_group, report_failure
 from src.files import check_writable
+from src.folded import PRECISIONS
 from src.utils import get_device
 
 
@@ -72,6 +73,12 @@ def training_options(
         type=count(),
         default=hidden,
         help="width of a fully connected layer before the output",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of training; bfloat16 is faster on processors and GPUs with units for it only",
     )
     parser.add_argument(
         "--held-out", type=count(), default=5000, help="training images kept aside for choices"

@@ -83,7 +83,9 @@ class ConvNN(nn.Module):
         features = self.halve(F.relu(self.norm2(self.conv2(features)))).flatten(1)
         if self.hidden is not None:
             features = F.relu(self.hidden(features))
-        return self.output(features)
+        # In float32 under autocast too: eight bits would tie the two largest logits now and then.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.output(features.float())
 
     def inference_form(self, precision: str = "float32") -> nn.Module:
         """A copy for evaluation only, the same function up to rounding, and faster.
@@ -101,11 +103,13 @@ class ConvNN(nn.Module):
 def evaluation_form(model: nn.Module) -> Iterator[nn.Module]:
     """The form in which a model is best evaluated: a ConvNN folded, another as it is.
 
-    The other is in evaluation mode until the block ends, see `evaluation_mode`.
+    The folded one runs in bfloat16 under autocast, else in float32. The other is in evaluation
+    mode until the block ends, see `evaluation_mode`.
     """
     # A subclass may do anything in its forward pass, and folding is for float32.
     if type(model) is ConvNN and model.output.weight.dtype == torch.float32:
-        yield model.inference_form()
+        cast = torch.is_autocast_enabled(model.output.weight.device.type)
+        yield model.inference_form("bfloat16" if cast else "float32")
         return
     with evaluation_mode(model):
         yield model

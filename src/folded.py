@@ -15,6 +15,12 @@ from src.checks import check_shape
 PRECISIONS = ("float32", "bfloat16")
 
 
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless `precision` is one of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"'precision' is {precision!r}; use 'float32' or 'bfloat16'.")
+
+
 def ramp(images: Tensor, thresholds: Sequence[float] | None) -> Tensor:
     """Every pixel rescaled from [low, high] to [0, 1] and cut there; the gradient is not cut."""
     if thresholds is None:
@@ -36,8 +42,7 @@ class FoldedConvNN(nn.Module):
     @torch.no_grad()
     def __init__(self, network: nn.Module, precision: str):
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"'precision' is {precision!r}; use 'float32' or 'bfloat16'.")
+        check_precision(precision)
         self.thresholds, self.halve = network.thresholds, network.halve
         self.stride = network.conv1.stride[0]
         self.dtype = getattr(torch, precision)
@@ -51,7 +56,7 @@ class FoldedConvNN(nn.Module):
                 # In the order in which channels-last features lie in memory, so that
                 # flattening them needs no copy.
                 weight = weight.unflatten(1, (-1, 7, 7)).permute(0, 2, 3, 1).flatten(1)
-            # The output in float32: eight bits would tie the two largest logits now and then.
+            # The output in float32, as in ConvNN.
             dtype = torch.float32 if layer is network.output else self.dtype
             self.connected += [_constant(weight.to(dtype).contiguous()), _constant(bias.to(dtype))]
 
@@ -67,7 +72,8 @@ class FoldedConvNN(nn.Module):
         features = F.relu_(self.halve(features)).permute(0, 2, 3, 1).flatten(1)
         if len(self.connected) > 2:
             features = F.relu_(F.linear(features, *self.connected[:2]))
-        return F.linear(features.float(), *self.connected[-2:])
+        with torch.autocast(images.device.type, enabled=False):
+            return F.linear(features.float(), *self.connected[-2:])
 
 
 def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d, dtype) -> tuple[nn.Parameter, ...]:

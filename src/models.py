@@ -21,7 +21,7 @@ from src.certification import (
 )
 from src.checks import check_count, check_images, check_number, evaluation_mode
 from src.convnn import ConvNN
-from src.folded import PRECISIONS
+from src.folded import check_precision
 from src.sampling import (
     IN_TURN,
     count_votes,
@@ -91,8 +91,7 @@ class SmoothClassifier(nn.Module):
         check_count("num_classes", num_classes, 2)
         if precision != "float32" and type(base_classifier) is not ConvNN:
             raise ValueError("'precision' other than 'float32' needs a ConvNN.")
-        if precision not in PRECISIONS:
-            raise ValueError(f"'precision' is {precision!r}; use 'float32' or 'bfloat16'.")
+        check_precision(precision)
         self.precision = precision
         self.base_classifier = base_classifier
         self.sigma = float(sigma)

@@ -1,6 +1,6 @@
 """What the training scripts report: console tables, result rows and figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def report_smoothing(
     results: str | Path,
     facts: Mapping,
     images: int,
-    certified: int,
+    indices: Sequence[int],
     n: int,
     seed: int,
 ) -> None:
@@ -145,7 +145,7 @@ def report_smoothing(
         test: the test set.
         name, title, figures, results, facts: as for `report_attacks`.
         images: how many test images the smoothed prediction is made for, at equal distances.
-        certified: how many are certified.
+        indices: the test images that are certified.
         n: noisy copies a certificate.
         seed: of the noise.
     """
@@ -160,10 +160,10 @@ def report_smoothing(
     ]
     print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
 
-    settings = {"n0": 100, "n": n, "alpha": 0.001, "seed": seed}
+    settings = {"n0": 100, "n": n, "alpha": 0.001, "seed": seed, "two_sided": True}
     rows = record_certificates(
         Path(results) / f"{name}_certificates.csv",
-        spread_indices(len(test), certified),
+        indices,
         lambda left: evaluate_robustness(smooth, test, **settings, indices=left),
         certificate_settings(smooth, test, **settings),
         facts,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from src import distributed
 from src.checks import check_count, check_number
 from src.convnn import evaluation_form
+from src.folded import check_precision
 from src.models import SmoothClassifier
 from src.utils import subset
 
@@ -68,6 +69,7 @@ def train_model(
     weight_decay: float = 1e-2,
     shift: int = 1,
     averaging: float = 0.995,
+    precision: str = "float32",
     seed: int = 0,
     device: str | torch.device | None = None,
     watch: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -91,6 +93,9 @@ def train_model(
         weight_decay: of AdamW.
         shift: largest random translation of a training image, in pixels.
         averaging: decay of the running average of the weights, an update; 0 for none.
+        precision: "float32", or "bfloat16" for convolutions and matrix products (autocast), with
+            weights, statistics and updates in float32: twice as fast on processors with units
+            for it (`benchmarks/training.py`).
         seed: of the order of the images and their shifts. Losses that draw noise use torch's
             global generator: call `seed_everything` for those.
         device: where to train; default: where the model is.
@@ -108,6 +113,7 @@ def train_model(
         RuntimeError: if the loss is no longer finite.
     """
     _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, shift, averaging)
+    check_precision(precision)
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))
@@ -122,7 +128,7 @@ def train_model(
     updates = epochs * (len(dataset) // batch_size)
     model.to(device or next(model.parameters()).device)
     distributed.share_weights(model)
-    update = _updater(model, updates, learning_rate, weight_decay)
+    update = _updater(model, updates, learning_rate, weight_decay, precision)
     averaged = copy.deepcopy(model).eval()
     history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
     best_figure, best_state = -math.inf, None
@@ -170,7 +176,9 @@ def _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, sh
 _QUIET = ("epoch", "seconds")
 
 
-def _updater(model: nn.Module, updates: int, learning_rate: float, weight_decay: float):
+def _updater(
+    model: nn.Module, updates: int, learning_rate: float, weight_decay: float, precision: str
+):
     """A function (loss, images, labels) -> (loss, accuracy) that updates the model once."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     # One step more than there are updates: the cycle's last learning rate is zero. Its rise takes
@@ -181,8 +189,9 @@ def _updater(model: nn.Module, updates: int, learning_rate: float, weight_decay:
     device = next(model.parameters()).device
 
     def update(loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
-        labels = labels.to(device)
-        value, logits = loss(model, images.to(device), labels)
+        images, labels = images.to(device), labels.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            value, logits = loss(model, images, labels)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         # By hand: the losses call the network more than once and in several forms, for which

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
+from src.convnn import evaluation_form
 from src.models import ConvNN
 from src.training_and_evaluation import (
     accuracy,
@@ -251,3 +252,47 @@ def test_random_shift_is_one_of_the_shifts_with_zeros_coming_in(shift):
         # 400 draws miss one of 25 shifts with chance 2e-6; the seed is fixed.
         assert (hits == 1).all()
         assert drawn == set(offsets)
+
+
+def enlarged(count):
+    """The halves at the size of MNIST."""
+    images, labels = halves(count).tensors
+    return TensorDataset(F.interpolate(images, 28), labels)
+
+
+def test_bfloat16_training_rounds_features_but_keeps_weights_and_logits():
+    data = enlarged(256)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        seen = []
+
+        def loss(model, images, labels, seen=seen):
+            value, logits = standard_loss(model, images, labels)
+            seen.append((value.dtype, logits.dtype))
+            return value, logits
+
+        torch.manual_seed(0)
+        model = ConvNN((4, 8))
+        options = {"epochs": 3, "batch_size": 64, "precision": precision, "progress": False}
+        losses[precision] = train_model(model, data, loss=loss, **options)["step_loss"]
+        assert set(seen) == {(torch.float32, torch.float32)}
+        assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+        assert accuracy(model, data) == 1
+    # The same training but for rounding, which 2 ** -8 relative in two layers can explain.
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["bfloat16"][0] == pytest.approx(losses["float32"][0], rel=0.03)
+
+
+def test_attacks_in_bfloat16_training_use_the_bfloat16_form():
+    torch.manual_seed(0)
+    model, images = ConvNN((4, 8)).eval(), enlarged(4).tensors[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), evaluation_form(model) as form:
+        rounded = form(images)
+    with torch.no_grad():
+        assert torch.equal(rounded, model.inference_form("bfloat16")(images))
+        assert not torch.equal(rounded, model.inference_form()(images))
+
+
+def test_unknown_precision_of_training_is_named():
+    with pytest.raises(ValueError, match="'precision' is 'half'"):
+        train_model(ConvNN((2, 2)), halves(8), epochs=1, precision="half")
