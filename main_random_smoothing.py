@@ -27,6 +27,11 @@ def main(argv=None):
         "--sigma", type=number(), default=0.5, help="standard deviation of the noise, pixel units"
     )
     parser.add_argument("--method", choices=METHODS, default="gaussian", help="of training")
+    parser.add_argument(
+        "--epsilon",
+        type=number(),
+        help="l2 length of the SmoothAdv step, pixel units; default: that of the method",
+    )
     parser.add_argument("--name", default=NAME, help="of the files written")
     parser.add_argument(
         "--every", type=count(), default=100, help="certify every so many test images"
@@ -51,7 +56,7 @@ def main(argv=None):
     history = train_model(
         smooth,
         train,
-        loss_schedule=ramped_smoothing_loss(args.method),
+        loss_schedule=ramped_smoothing_loss(args.method, epsilon=args.epsilon),
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,

@@ -80,19 +80,26 @@ def _ascend(base, images, labels, noise, epsilon) -> Tensor:
     return (images + epsilon * gradient / length).clamp(0, 1)
 
 
-def ramped_smoothing_loss(method: str, *, ramp: float = 0.3) -> Callable[[float], Loss]:
+def ramped_smoothing_loss(
+    method: str, *, epsilon: float | None = None, ramp: float = 0.3
+) -> Callable[[float], Loss]:
     """A `loss_schedule`: the loss of a method, its added terms growing over the first `ramp`.
 
     Args:
         method: one of METHODS.
+        epsilon: l2 length of the SmoothAdv step, in pixel units; default: that of the method.
         ramp: fraction of the training, in (0, 1].
 
     Raises:
-        ValueError: for another method.
+        ValueError: for another method, and for an `epsilon` that the method has no use for.
     """
     if method not in METHODS:
         raise ValueError(f"'method' is {method!r}; use one of {', '.join(map(repr, METHODS))}.")
     terms = dict(METHODS[method])
+    if epsilon is not None:
+        if "epsilon" not in terms:
+            raise ValueError(f"'epsilon' is for SmoothAdv; the method {method!r} has no such step.")
+        terms["epsilon"] = epsilon
     draws = terms.pop("draws")
 
     def loss_at(progress: float) -> Loss:

@@ -96,3 +96,12 @@ def test_methods_start_as_gaussian_training_and_grow(smooth, batch):
 def test_unknown_method_is_named():
     with pytest.raises(ValueError, match="'macer'; use one of 'gaussian'"):
         ramped_smoothing_loss("macer")
+
+
+def test_epsilon_of_a_method_may_be_another(smooth, batch):
+    torch.manual_seed(7)
+    loss, _ = ramped_smoothing_loss("smoothadv", epsilon=0.4)(0.9)(smooth, *batch)
+    torch.manual_seed(7)
+    assert loss == smoothing_loss(smooth, *batch, draws=2, epsilon=0.4)[0]
+    with pytest.raises(ValueError, match="'epsilon' is for SmoothAdv; the method 'gaussian'"):
+        ramped_smoothing_loss("gaussian", epsilon=0.4)
