@@ -9,6 +9,7 @@ from pathlib import Path
 
 from src.command_line import count, number, parse, provenance, run, script_parser, share
 from src.comparison import (
+    MODELS,
     attack_models,
     certify_models,
     challenge_models,
@@ -36,7 +37,7 @@ def main(argv=None):
     if args.shard and processes() > 1:
         raise ValueError("Give either --shard or several processes of torchrun, not both.")
     shard = args.shard or (rank() + 1, processes())
-    models = load_models(args.models, device)
+    models = load_models(args.models, device, {name: getattr(args, name) for name in MODELS})
     sigma = args.sigma or smoothing_sigma(models["smoothed"])
     precision = args.precision
     results = Path(args.results)
@@ -102,6 +103,9 @@ def main(argv=None):
 
 def option_parser():
     parser = script_parser(__doc__)
+    for name, (stem, _) in MODELS.items():
+        help = f"checkpoint of the {name} model; default: {stem}.pt in --models"
+        parser.add_argument(f"--{name}", metavar="FILE", help=help)
     parser.add_argument(
         "--sigma", type=number(), help="noise, pixel units; default: of the smoothed model"
     )

@@ -39,8 +39,10 @@ MODELS = {
 }
 
 
-def load_models(folder: str | Path, device) -> dict[str, ConvNN]:
-    """The three checkpoints by the names of the tables.
+def load_models(
+    folder: str | Path, device, chosen: Mapping[str, str | Path | None] | None = None
+) -> dict[str, ConvNN]:
+    """The three checkpoints by the names of the tables: those `chosen`, else those in `folder`.
 
     Raises:
         FileNotFoundError: if one is missing; the message names the script that makes it.
@@ -48,7 +50,8 @@ def load_models(folder: str | Path, device) -> dict[str, ConvNN]:
     """
     models = {}
     for name, (stem, script) in MODELS.items():
-        path = Path(folder) / f"{stem}.pt"
+        path = (chosen or {}).get(name)
+        path = Path(path or Path(folder) / f"{stem}.pt")
         if not path.exists():
             raise FileNotFoundError(f"There is no checkpoint {path}; run python {script} first.")
         models[name] = load_checkpoint(path, device)

@@ -158,7 +158,11 @@ def _plot_proportions(axes, rows, style, label) -> None:
 
 
 def plot_certified_accuracy(
-    rows_by_model: Mapping[str, Sequence[Mapping]], path: str | os.PathLike, title: str
+    rows_by_model: Mapping[str, Sequence[Mapping]],
+    path: str | os.PathLike,
+    title: str,
+    *,
+    published: Mapping[str, Mapping[float, float]] | None = None,
 ) -> None:
     """Certified accuracy against the l2 radius, one step curve a model with its 95 % band.
 
@@ -166,6 +170,7 @@ def plot_certified_accuracy(
         rows_by_model: name -> result rows, of which `correct` and `radius` are read.
         path: image file to write.
         title: of the figure.
+        published: method -> {radius: certified accuracy} of others, drawn as points.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.8, 4.2), layout="constrained")
@@ -179,6 +184,9 @@ def plot_certified_accuracy(
             low, high = accuracy_interval(hits, len(rows))
             axes.plot(at, hits / len(rows), color=color, label=name)
             axes.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
+        for marker, (name, curve) in zip("osD^vP*X", (published or {}).items(), strict=False):
+            points = zip(*curve.items(), strict=True)
+            axes.plot(*points, marker, ms=5, mfc="none", color=GREY, label=name)
         axes.set(
             xlabel="certified radius, $\\ell_2$ in pixel units",
             ylabel="certified accuracy",

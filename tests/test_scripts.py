@@ -18,6 +18,7 @@ import main_training
 from src.certificates import read_rows
 from src.certification import certified_radius, lower_confidence_bound
 from src.checkpoints import load_checkpoint, weights_digest
+from src.comparison import load_models
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("main_training", "main_adv_training", "main_random_smoothing", "main_compare")
@@ -137,6 +138,17 @@ def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root)
     )
     assert ended.stderr.strip().splitlines()[-1] == sentence
     assert not (tmp_path / "results").exists()
+
+
+def test_checkpoints_of_the_comparison_may_lie_anywhere(finished, tmp_path):
+    own = tmp_path / "mine.pt"
+    own.write_bytes((finished / "models" / "standard_training.pt").read_bytes())
+    models = load_models(finished / "models", "cpu", {"smoothed": own, "standard": None})
+    weights = [models[name].output.weight for name in ("standard", "smoothed", "adversarial")]
+    assert torch.equal(weights[0], weights[1])
+    assert weights[0].shape != weights[2].shape
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pt"):
+        load_models(finished / "models", "cpu", {"standard": tmp_path / "absent.pt"})
 
 
 def test_a_resumed_run_keeps_the_precision_of_its_rows(finished, monkeypatch, capsys):

@@ -1,0 +1,125 @@
+"""Our certificates beside the published ones of the same 500 test images.
+
+Published certified accuracies are in reference/published_certificates.csv, counted on the images
+0, 20, 40, ... from the per-image rows that the authors of Consistency (NeurIPS 2020), SmoothMix
+(NeurIPS 2021) and CAT-RS (AAAI 2023) publish, caps of the radii restored. Prints a table for each
+sigma and draws reference/figures/published_<sigma>.png.
+
+With --peers, a file of those per-image rows (tab-separated: dataset, sigma, method, idx, label,
+predict, radius, correct), it also writes the differences of the average certified radius on the
+same images with their bootstrap intervals to reference/results/published_differences.csv.
+
+Run: python -m benchmarks.published
+"""
+
+import argparse
+import csv
+import gzip
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from src.certificates import read_rows, write_rows
+from src.intervals import paired_difference_interval
+from src.plotting import plot_certified_accuracy
+from src.tables import format_table, summarise
+
+REFERENCE = Path("reference")
+OURS = ("gaussian", "best")
+SIGMAS = (0.25, 0.5, 1.0)
+
+
+def our_rows(sigma: float, results: Path) -> dict[str, list[dict]]:
+    """The committed certificates at one sigma by the name of their recipe and seed."""
+    found = {}
+    for kind in OURS:
+        for path in sorted(results.glob(f"smoothing_{kind}_{sigma:.2f}*_certificates.csv")):
+            seed = path.stem.removesuffix("_certificates").partition("_seed")[2]
+            found[f"here, {kind}" + (f", seed {seed}" if seed else "")] = read_rows(path)
+    return found
+
+
+def published_curves(sigma: float, path: Path) -> dict[str, dict]:
+    """Method -> its `acr` and certified accuracy `curve`, {radius: share}."""
+    methods: dict[str, dict] = {}
+    for row in read_rows(path):
+        if float(row["sigma"]) == sigma:
+            method = methods.setdefault(row["method"], {"acr": row["acr"], "curve": {}})
+            method["curve"][float(row["radius"])] = int(row["certified"]) / int(row["images"])
+    return methods
+
+
+def published_lines(
+    sigma: float, ours: Mapping[str, Sequence[Mapping]], published: Mapping[str, Mapping]
+) -> str:
+    """The table: average certified radius, certified % at each radius, ours two-sided last."""
+    radii = list(next(iter(published.values()))["curve"])
+    lines = [
+        (name, method["acr"], *(f"{100 * share:.1f}" for share in method["curve"].values()), "")
+        for name, method in published.items()
+    ]
+    for name, rows in ours.items():
+        summary = summarise(rows, radii)
+        tight = summarise([{**row, "radius": row["radius_two_sided"]} for row in rows], ())
+        shares = (f"{100 * share:.1f}" for share, _, _ in summary["certified"].values())
+        lines.append((name, f"{summary['acr']:.4f}", *shares, f"{tight['acr']:.4f}"))
+    header = (f"sigma = {sigma:g}", "ACR", *(f"r={at:g}" for at in radii), "two-sided")
+    return format_table(header, lines)
+
+
+def difference_lines(rows: Iterable[Mapping]) -> str:
+    """The table of the paired differences."""
+    lines = [
+        (
+            f"sigma = {float(row['sigma']):g}, {row['ours']}",
+            row["method"],
+            "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(float(row[k]) for k in ("mean", "low", "high"))),
+        )
+        for row in rows
+    ]
+    return format_table(("average certified radius", "minus that of", "[95 %, paired]"), lines)
+
+
+def differences(peers: Path) -> list[dict]:
+    """Ours minus each published method on the same images, with the bootstrap's interval."""
+    published: dict[tuple, dict[int, float]] = {}
+    with gzip.open(peers, "rt") if peers.suffix == ".gz" else peers.open() as stream:
+        for row in csv.DictReader(stream, delimiter="\t"):
+            if row["dataset"] == "mnist":
+                radii = published.setdefault((float(row["sigma"]), row["method"]), {})
+                radii[int(row["idx"])] = float(row["radius"]) * int(row["correct"])
+    found = []
+    for (sigma, method), theirs in published.items():
+        for name, rows in our_rows(sigma, REFERENCE / "results").items():
+            own = [float(row["radius"]) * int(row["correct"]) for row in rows]
+            other = [theirs[int(row["index"])] for row in rows]
+            mean, low, high = paired_difference_interval(own, other)
+            row = {"sigma": sigma, "ours": name, "method": method}
+            found.append(row | {"images": len(own), "mean": mean, "low": low, "high": high})
+    return sorted(found, key=lambda row: (row["sigma"], row["ours"]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--peers", type=Path, help="the published per-image rows, .tsv or .tsv.gz")
+    args = parser.parse_args()
+    if args.peers:
+        write_rows(REFERENCE / "results" / "published_differences.csv", differences(args.peers))
+    for sigma in SIGMAS:
+        ours = our_rows(sigma, REFERENCE / "results")
+        if not ours:
+            continue
+        published = published_curves(sigma, REFERENCE / "published_certificates.csv")
+        print(published_lines(sigma, ours, published) + "\n")
+        plot_certified_accuracy(
+            {name: rows for name, rows in ours.items() if "seed" not in name},
+            REFERENCE / "figures" / f"published_{sigma:.2f}.png",
+            f"Certified accuracy, $\\sigma$ = {sigma:g}, 500 test images, n = 100,000",
+            published={name: method["curve"] for name, method in published.items()},
+        )
+    path = REFERENCE / "results" / "published_differences.csv"
+    if path.exists():
+        print(difference_lines(read_rows(path)))
+
+
+if __name__ == "__main__":
+    main()
