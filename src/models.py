@@ -21,7 +21,7 @@ from src.certification import (
 )
 from src.checks import check_count, check_images, check_number, evaluation_mode
 from src.convnn import ConvNN
-from src.folded import check_precision
+from src.folded import WORTH_ONE_CALL, as_one_call, check_precision
 from src.sampling import (
     IN_TURN,
     count_votes,
@@ -136,7 +136,7 @@ class SmoothClassifier(nn.Module):
         check_count("n", n)
         check_open_unit("alpha", alpha)
         predictions = []
-        for poll in self._polls(images, batch_size, seed, indices):
+        for poll in self._polls(images, n, batch_size, seed, indices):
             (second, first), leader = _two_largest(poll("predict", n))
             decided = abstain_p_value(first, second) <= alpha
             predictions.append(leader if decided else ABSTAIN)
@@ -193,7 +193,7 @@ class SmoothClassifier(nn.Module):
             raise ValueError(f"'stop' is {stop!r}; use 'fixed' or 'auto'.")
         looks, levels = staged_looks(n, alpha) if stop == "auto" else ((n,), (alpha,))
         rows = []
-        for poll in self._polls(images, batch_size, seed, indices):
+        for poll in self._polls(images, n, batch_size, seed, indices):
             # Fresh draws: bounding the counts that chose the class would bias p_A upwards.
             top = int(poll("select", n0).argmax())
             counts, drawn = np.zeros(self.num_classes, int), 0
@@ -289,12 +289,12 @@ class SmoothClassifier(nn.Module):
         images = images.to(self._device(images), torch.float32)
         return [(i, image_key(seed, int(index))) for i, index in zip(images, indices, strict=True)]
 
-    def _polls(self, images, batch_size, seed, indices) -> Iterator[Callable[..., np.ndarray]]:
+    def _polls(self, images, n, batch_size, seed, indices) -> Iterator[Callable[..., np.ndarray]]:
         """Yield for each image a function (stage, n, start=0) -> votes (num_classes,)."""
         if batch_size is not None:
             check_count("batch_size", batch_size)
         keyed = self._keyed(images, seed, indices)
-        with self._voters(images) as (network, workers):
+        with self._voters(images, n * len(keyed)) as (network, workers):
             votes = partial(count_votes, network, batch_size=batch_size, workers=workers)
             for image, key in keyed:
 
@@ -309,8 +309,8 @@ class SmoothClassifier(nn.Module):
         return next(self.parameters(), images).device
 
     @contextmanager
-    def _voters(self, images: Tensor):
-        """The network in the form that votes, and the workers that share its work."""
+    def _voters(self, images: Tensor, copies: int = 0):
+        """The network in the form that casts `copies` votes or so, and who shares the work."""
         if type(self.base_classifier) is not ConvNN:
             # Nothing is known of its forward pass: no folding, and one call at a time.
             with evaluation_mode(self.base_classifier) as network:
@@ -318,6 +318,8 @@ class SmoothClassifier(nn.Module):
             return
         network = self.base_classifier.inference_form(self.precision)
         on_cpu = self._device(images).type == "cpu"
+        if on_cpu and copies >= WORTH_ONE_CALL:
+            network = as_one_call(network)
         with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
             yield network, workers
 

@@ -17,7 +17,7 @@ from src.certification import (
     two_sided_bounds,
     two_sided_radius,
 )
-from src.folded import PRECISIONS, fastest_precision
+from src.folded import PRECISIONS, as_one_call, fastest_precision
 from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
 from src.sampling import STAGES, block_seed, image_key
 
@@ -181,6 +181,34 @@ def test_bfloat16_form_rounds_features_but_not_logits(network):
     assert torch.equal(rounded, rounded.bfloat16().float())
     # Eight bits, 2 ** -8 relative, in three layers whose terms partly cancel.
     assert 0 < (rounded - exact).abs().max() < 6 * 2**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden": 6}, {"pooled": True, "thresholds": (0.4, 0.6)}])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_call_is_the_network_bit_for_bit(options, precision, recwarn):
+    torch.manual_seed(0)
+    form = ConvNN((3, 5), **options).inference_form(precision)
+    whole = as_one_call(form)
+    assert isinstance(whole, torch.jit.ScriptModule)
+    for count in (1, 2, 77):
+        images = 2 * images_of(count) - 0.5
+        with torch.no_grad():
+            # Twice: TorchScript changes its plan after the first call of a size.
+            assert all(torch.equal(whole(images), form(images)) for _ in range(2))
+    assert not recwarn.list
+
+
+def test_votes_do_not_depend_on_how_the_network_is_called(network, monkeypatch):
+    smooth, images = SmoothClassifier(network, 2.0), images_of(2)
+    counts = []
+    for worth in (1, 10**9):
+        monkeypatch.setattr("src.models.WORTH_ONE_CALL", worth)
+        counts.append(smooth.certify(images, n0=64, n=300, alpha=0.05).top_count)
+    assert torch.equal(*counts)
+    # Without TorchScript the network is called layer by layer.
+    monkeypatch.delattr(torch.jit, "trace")
+    monkeypatch.setattr("src.models.WORTH_ONE_CALL", 1)
+    assert torch.equal(smooth.certify(images, n0=64, n=300, alpha=0.05).top_count, counts[0])
 
 
 def test_another_precision_is_refused(network):
