@@ -7,7 +7,7 @@ models/randomized_smoothing.pt, results/randomized_smoothing_certificates.csv an
 
 from pathlib import Path
 
-from src.checkpoints import save_checkpoint
+from src.checkpoints import load_checkpoint, save_checkpoint
 from src.command_line import count, number, parse, provenance, run, script_parser, training_options
 from src.distributed import is_main
 from src.models import ConvNN, SmoothClassifier
@@ -21,6 +21,84 @@ NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 
 
 def main(argv=None):
+    args = parse(option_parser(), argv)
+    if args.quick:
+        args.every, args.n = 50, 500
+    device = get_device(args.device)
+    seed_everything(args.seed)
+    *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
+    path = Path(args.models) / f"{args.name}.pt"
+    facts = provenance(Path(__file__).stem, args, argv) | {"sigma": args.sigma}
+    if args.resume and path.exists():
+        smooth = trained(path, args, device)
+        print(f"Going on with {path}, which is not trained again")
+    else:
+        smooth, seconds = train(*training, args, device)
+        facts |= {"seconds": seconds}
+        if is_main():
+            save_checkpoint(path, smooth.base_classifier, **facts)
+            print(f"Saved {path}")
+    if not is_main():
+        return
+    report_smoothing(
+        smooth,
+        test,
+        name=args.name,
+        title=TITLE,
+        figures=Path(args.figures),
+        results=Path(args.results),
+        facts=facts,
+        images=50 if args.quick else 1000,
+        indices=range(0, len(test), args.every),
+        n=args.n,
+        seed=args.seed,
+        resume=args.resume,
+    )
+    print(f"Figures in {args.figures}/, rows in {args.results}/")
+
+
+def trained(path, args, device):
+    """The smoothed classifier of an earlier run.
+
+    Raises:
+        ValueError: if it was trained for another sigma.
+    """
+    network = load_checkpoint(path, device)
+    if network.facts.get("sigma") != args.sigma:
+        raise ValueError(
+            f"{path} was trained at sigma = {network.facts.get('sigma')}, not {args.sigma:g}; "
+            "give its --sigma, or leave out --resume to train again."
+        )
+    return SmoothClassifier(network, args.sigma, precision=args.precision)
+
+
+def train(images, held_out, args, device):
+    """The smoothed classifier trained as the options say, and the seconds it took."""
+    print(
+        f"Training of ConvNN {args.channels} under noise of sigma = {args.sigma:g}, "
+        f"{args.method}, on {len(images):,} images, {device}"
+    )
+    network = ConvNN(args.channels, args.hidden)
+    smooth = SmoothClassifier(network, args.sigma, precision=args.precision).to(device)
+    history = train_model(
+        smooth,
+        images,
+        loss_schedule=ramped_smoothing_loss(args.method, epsilon=args.epsilon),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        precision=args.precision,
+        seed=args.seed,
+        # One noisy draw per image: what the smoothed classifier averages over.
+        watch=lambda model: {"clean": accuracy(model, held_out)},
+    )
+    if is_main():
+        curves = Path(args.figures) / f"{args.name}_curves.png"
+        plot_training(history, curves, f"{TITLE}, sigma = {args.sigma:g}")
+    return smooth, history["epochs"][-1]["seconds"]
+
+
+def option_parser():
     parser = script_parser(__doc__)
     training_options(parser, epochs=12)
     parser.add_argument(
@@ -39,57 +117,13 @@ def main(argv=None):
     parser.add_argument(
         "--n", type=count(), default=10_000, help="noisy copies that bound a probability"
     )
-    args = parse(parser, argv)
-    if args.quick:
-        args.every, args.n = 50, 500
-    device = get_device(args.device)
-    seed_everything(args.seed)
-    train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
-    figures = Path(args.figures)
-
-    print(
-        f"Training of ConvNN {args.channels} under noise of sigma = {args.sigma:g}, "
-        f"{args.method}, on {len(train):,} images, {device}"
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="take the checkpoint of --name if it is there, and go on with its interrupted rows",
     )
-    network = ConvNN(args.channels, args.hidden)
-    smooth = SmoothClassifier(network, args.sigma, precision=args.precision).to(device)
-    history = train_model(
-        smooth,
-        train,
-        loss_schedule=ramped_smoothing_loss(args.method, epsilon=args.epsilon),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        precision=args.precision,
-        seed=args.seed,
-        # One noisy draw per image: what the smoothed classifier averages over.
-        watch=lambda model: {"clean": accuracy(model, held_out)},
-    )
-    if not is_main():
-        return
-    facts = provenance(Path(__file__).stem, args, argv) | {
-        "sigma": args.sigma,
-        "seconds": history["epochs"][-1]["seconds"],
-    }
-    path = save_checkpoint(Path(args.models) / f"{args.name}.pt", smooth.base_classifier, **facts)
-    plot_training(history, figures / f"{args.name}_curves.png", f"{TITLE}, sigma = {args.sigma:g}")
-    print(f"Saved {path}")
-
-    report_smoothing(
-        smooth,
-        test,
-        name=args.name,
-        title=TITLE,
-        figures=figures,
-        results=Path(args.results),
-        facts=facts,
-        images=50 if args.quick else 1000,
-        indices=range(0, len(test), args.every),
-        n=args.n,
-        seed=args.seed,
-    )
-    print(f"Figures in {args.figures}/, rows in {args.results}/")
+    return parser
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="Finished rows are kept; go on with --resume.")

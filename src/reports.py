@@ -137,6 +137,7 @@ def report_smoothing(
     indices: Sequence[int],
     n: int,
     seed: int,
+    resume: bool = False,
 ) -> None:
     """Accuracy of a smoothed classifier and its base, and a first set of certificates.
 
@@ -148,6 +149,7 @@ def report_smoothing(
         indices: the test images that are certified.
         n: noisy copies a certificate.
         seed: of the noise.
+        resume: go on with the certificates of an interrupted run, see `record_certificates`.
     """
     few = spread(test, images)
     predictions = smooth.predict(few.tensors[0], n=1000, seed=seed)
@@ -167,6 +169,7 @@ def report_smoothing(
         lambda left: evaluate_robustness(smooth, test, **settings, indices=left),
         certificate_settings(smooth, test, **settings),
         facts,
+        resume=resume,
     )
     radii = [step * smooth.sigma / 2 for step in range(6)]
     print("\n" + certificate_lines({title: rows}, radii))

@@ -129,6 +129,24 @@ def test_same_command_gives_the_same_bytes(finished, tmp_path, monkeypatch):
         assert torch.equal(one, other)
 
 
+def test_interrupted_certificates_go_on_without_training_again(finished, tmp_path, monkeypatch):
+    for folder in ("models", "results"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data").symlink_to(finished / "data")
+    model, rows = "models/randomized_smoothing.pt", "results/randomized_smoothing_certificates.csv"
+    for name in (model, rows, str(Path(rows).with_suffix(".json"))):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    whole = (tmp_path / rows).read_bytes()
+    (tmp_path / rows).write_bytes(whole[: len(whole) // 2])
+    stored = (tmp_path / model).stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    main_random_smoothing.main(["--quick", "--resume"])
+    assert (tmp_path / rows).read_bytes() == whole
+    assert (tmp_path / model).stat().st_mtime_ns == stored
+    with pytest.raises(ValueError, match=r"trained at sigma = 0\.5, not 1; give its --sigma"):
+        main_random_smoothing.main(["--quick", "--resume", "--sigma", "1"])
+
+
 def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root):
     ended = start("main_compare", "--quick", "--data", str(mnist_root), cwd=tmp_path)
     assert ended.returncode != 0
