@@ -31,57 +31,23 @@ def main(argv=None):
     args = parse(option_parser(), argv)
     device = get_device(args.device)
     seed_everything(args.seed)
-    train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
-
-    print(
-        f"Adversarial training of ConvNN {args.channels} on {len(train):,} images, {device}: "
-        f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
-    )
-    attack = training_attack(
-        args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
-    )
-    loss = adversarial_loss if args.beta is None else partial(trades_loss, beta=args.beta)
-    figures = Path(args.figures)
-    thresholds = None if args.no_thresholds else args.thresholds
-    model = ConvNN(args.channels, args.hidden, thresholds=thresholds).to(device)
-    history = train_model(
-        model,
-        train,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        precision=args.precision,
-        seed=args.seed,
-        loss_schedule=ramped_adversarial_loss(attack, args.epsilon, loss=loss),
-        watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),
-        select="pgd",
-    )
+    *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
+    model, history = train(*training, args, device)
     if not is_main():
         return
     facts = provenance(Path(__file__).stem, args, argv) | {
         "seconds": history["epochs"][-1]["seconds"]
     }
-    path = save_checkpoint(Path(args.models) / f"{NAME}.pt", model, **facts)
-    collapsed = collapsed_epochs(history["epochs"])
-    if collapsed:
-        print(
-            f"ALARM: catastrophic overfitting in epochs {collapsed}: the network defeats the "
-            "single step, not the ball. Try --attack pgd, a smaller --epsilon or fewer --epochs."
-        )
-    print(f"Kept epoch {history['best_epoch']}, the best under PGD on held-out training images")
-    plot_training(history, figures / f"{NAME}_curves.png", TITLE, held_out="held out, not attacked")
-    plot_held_out_robustness(
-        history, figures / f"{NAME}_held_out.png", f"{TITLE}: held-out images", collapsed
-    )
-
+    path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
+    report_training(history, Path(args.figures) / args.name)
     test_accuracy = accuracy(model, test)
     print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
     report_attacks(
         model,
         test,
-        name=NAME,
+        name=args.name,
         title=TITLE,
-        figures=figures,
+        figures=args.figures,
         results=args.results,
         facts=facts | {"test_accuracy": test_accuracy, "epochs": history["epochs"]},
         images=100 if args.quick else 1000,
@@ -91,9 +57,51 @@ def main(argv=None):
     print(f"Figures in {args.figures}/, rows in {args.results}/")
 
 
+def train(images, held_out, args, device):
+    """The network trained as the options say, and the history of its training."""
+    print(
+        f"Adversarial training of ConvNN {args.channels} on {len(images):,} images, {device}: "
+        f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
+    )
+    attack = training_attack(
+        args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
+    )
+    loss = adversarial_loss if args.beta is None else partial(trades_loss, beta=args.beta)
+    thresholds = None if args.no_thresholds else args.thresholds
+    model = ConvNN(args.channels, args.hidden, thresholds=thresholds).to(device)
+    history = train_model(
+        model,
+        images,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        precision=args.precision,
+        seed=args.seed,
+        loss_schedule=ramped_adversarial_loss(attack, args.epsilon, loss=loss),
+        watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),
+        select="pgd",
+    )
+    return model, history
+
+
+def report_training(history, stem):
+    """Say whether the training collapsed, and draw its curves to files that begin with `stem`."""
+    collapsed = collapsed_epochs(history["epochs"])
+    if collapsed:
+        print(
+            f"ALARM: catastrophic overfitting in epochs {collapsed}: the network defeats the "
+            "single step, not the ball. Try --attack pgd, a smaller --epsilon or fewer --epochs."
+        )
+    print(f"Kept epoch {history['best_epoch']}, the best under PGD on held-out training images")
+    plot_training(history, f"{stem}_curves.png", TITLE, held_out="held out, not attacked")
+    plot_held_out_robustness(
+        history, f"{stem}_held_out.png", f"{TITLE}: held-out images", collapsed
+    )
+
+
 def option_parser():
     parser = script_parser(__doc__)
-    training_options(parser, epochs=12, hidden=100)
+    training_options(parser, name=NAME, epochs=12, hidden=100)
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
     parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, in pixel units")
     parser.add_argument(

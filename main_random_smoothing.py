@@ -100,7 +100,7 @@ def train(images, held_out, args, device):
 
 def option_parser():
     parser = script_parser(__doc__)
-    training_options(parser, epochs=12)
+    training_options(parser, name=NAME, epochs=12)
     parser.add_argument(
         "--sigma", type=number(), default=0.5, help="standard deviation of the noise, pixel units"
     )
@@ -110,7 +110,6 @@ def option_parser():
         type=number(),
         help="l2 length of the SmoothAdv step, pixel units; default: that of the method",
     )
-    parser.add_argument("--name", default=NAME, help="of the files written")
     parser.add_argument(
         "--every", type=count(), default=100, help="certify every so many test images"
     )

@@ -20,7 +20,7 @@ NAME, TITLE = "standard_training", "Standard training"
 
 def main(argv=None):
     parser = script_parser(__doc__)
-    training_options(parser, epochs=12)
+    training_options(parser, name=NAME, epochs=12)
     args = parse(parser, argv)
     device = get_device(args.device)
     seed_everything(args.seed)
@@ -43,15 +43,15 @@ def main(argv=None):
     facts = provenance(Path(__file__).stem, args, argv) | {
         "seconds": history["epochs"][-1]["seconds"]
     }
-    path = save_checkpoint(Path(args.models) / f"{NAME}.pt", model, **facts)
-    plot_training(history, Path(args.figures) / f"{NAME}_curves.png", TITLE)
+    path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
+    plot_training(history, Path(args.figures) / f"{args.name}_curves.png", TITLE)
 
     test_accuracy = accuracy(model, test)
     print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
     report_attacks(
         model,
         test,
-        name=NAME,
+        name=args.name,
         title=TITLE,
         figures=args.figures,
         results=args.results,

@@ -59,9 +59,10 @@ def script_parser(description: str) -> argparse.ArgumentParser:
 
 
 def training_options(
-    parser: argparse.ArgumentParser, *, epochs: int, hidden: int | None = None
+    parser: argparse.ArgumentParser, *, name: str, epochs: int, hidden: int | None = None
 ) -> None:
     """Add the options of the scripts that train, with the defaults given."""
+    parser.add_argument("--name", default=name, help="stem of the files written")
     parser.add_argument("--epochs", type=count(), default=epochs, help="passes over the data")
     parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
     parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
