@@ -16,6 +16,7 @@ from src.checks import check_count, check_number
 from src.convnn import evaluation_form
 from src.folded import check_precision
 from src.models import SmoothClassifier
+from src.optimisation import average_weights, shuffled, updater
 from src.utils import subset
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -128,7 +129,7 @@ def train_model(
     updates = epochs * (len(dataset) // batch_size)
     model.to(device or next(model.parameters()).device)
     distributed.share_weights(model)
-    update = _updater(model, updates, learning_rate, weight_decay, precision)
+    update = updater(model, updates, learning_rate, weight_decay, precision)
     averaged = copy.deepcopy(model).eval()
     history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
     best_figure, best_state = -math.inf, None
@@ -139,12 +140,12 @@ def train_model(
         for epoch in range(1, epochs + 1):
             model.train()
             steps = []
-            for images, labels in _shuffled(dataset, batch_size, shift, generator):
+            for images, labels in shuffled(dataset, batch_size, shift, generator):
                 # Not bar.n: a bar that is switched off does not count.
                 done = len(history["step_loss"]) + len(steps)
                 loss_now = loss_schedule(done / updates) if loss_schedule else loss
                 steps.append(update(loss_now, images, labels))
-                _average(averaged, model, min(averaging, (done + 1) / (done + 10)))
+                average_weights(averaged, model, min(averaging, (done + 1) / (done + 10)))
                 bar.update()
             row = _epoch_row(history, epoch, torch.stack(steps))
             row |= {"seconds": time.perf_counter() - start}
@@ -174,71 +175,6 @@ def _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, sh
 
 
 _QUIET = ("epoch", "seconds")
-
-
-def _updater(
-    model: nn.Module, updates: int, learning_rate: float, weight_decay: float, precision: str
-):
-    """A function (loss, images, labels) -> (loss, accuracy) that updates the model once."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    # One step more than there are updates: the cycle's last learning rate is zero. Its rise takes
-    # a fifth; of a handful of updates a little more, or the schedule would divide by zero.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, updates + 1, pct_start=max(0.2, 1.5 / (updates + 1))
-    )
-    device = next(model.parameters()).device
-
-    def update(loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
-        images, labels = images.to(device), labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            value, logits = loss(model, images, labels)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        # By hand: the losses call the network more than once and in several forms, for which
-        # DistributedDataParallel is not made. The statistics of batch normalisation are each
-        # process's own in the forward pass, and averaged in what evaluation uses.
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        distributed.average(gradients + [b for b in model.buffers() if b.is_floating_point()])
-        optimizer.step()
-        schedule.step()
-        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
-        return torch.stack([value.detach(), hits])
-
-    return update
-
-
-def _shuffled(dataset, batch_size, shift, generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of batches in random order, images moved by up to `shift` pixels."""
-    share = slice(distributed.rank(), None, distributed.processes())
-    images, labels = dataset.tensors
-    order = torch.randperm(len(images), generator=generator)
-    for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
-        # Shifts are drawn for the whole batch: the same whatever the number of processes.
-        yield random_shift(images[chosen], shift, generator)[share], labels[chosen][share]
-
-
-def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to `shift` pixels in both directions, zeros coming in."""
-    if shift == 0:
-        return images
-    padded = F.pad(images, (shift,) * 4)
-    height, width = images.shape[2:]
-    offsets = torch.randint(0, 2 * shift + 1, (2, len(images), 1, 1), generator=generator)
-    rows = offsets[0] + torch.arange(height)[:, None]
-    columns = offsets[1] + torch.arange(width)[None, :]
-    return padded[torch.arange(len(images))[:, None, None], 0, rows, columns][:, None]
-
-
-@torch.no_grad()
-def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the running average of weights and statistics towards the model's."""
-    for mean, value in zip(
-        averaged.state_dict().values(), model.state_dict().values(), strict=True
-    ):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)
 
 
 def _epoch_row(history: dict, epoch: int, steps: Tensor) -> dict:

@@ -11,10 +11,10 @@ from torch.utils.data import TensorDataset
 from src.attacks import gradient_attack, pgd_attack
 from src.convnn import evaluation_form
 from src.models import ConvNN
+from src.optimisation import random_shift
 from src.training_and_evaluation import (
     accuracy,
     adversarial_loss,
-    random_shift,
     standard_loss,
     trades_loss,
     train_model,
