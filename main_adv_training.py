@@ -75,6 +75,7 @@ def train(images, held_out, args, device):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        shift=args.shift,
         precision=args.precision,
         seed=args.seed,
         loss_schedule=ramped_adversarial_loss(attack, args.epsilon, loss=loss),

@@ -87,6 +87,7 @@ def train(images, held_out, args, device):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        shift=args.shift,
         precision=args.precision,
         seed=args.seed,
         # One noisy draw per image: what the smoothed classifier averages over.

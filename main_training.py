@@ -34,6 +34,7 @@ def main(argv=None):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        shift=args.shift,
         precision=args.precision,
         seed=args.seed,
         watch=lambda model: {"clean": accuracy(model, held_out)},

@@ -67,6 +67,9 @@ def training_options(
     parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
     parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
     parser.add_argument(
+        "--shift", type=count(0), default=1, help="largest random translation, in pixels"
+    )
+    parser.add_argument(
         "--channels", type=count(), nargs=2, default=[16, 32], help="widths of the convolutions"
     )
     parser.add_argument(
