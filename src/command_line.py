@@ -59,7 +59,12 @@ def script_parser(description: str) -> argparse.ArgumentParser:
 
 
 def training_options(
-    parser: argparse.ArgumentParser, *, name: str, epochs: int, hidden: int | None = None
+    parser: argparse.ArgumentParser,
+    *,
+    name: str,
+    epochs: int,
+    hidden: int | None = None,
+    shift: int = 1,
 ) -> None:
     """Add the options of the scripts that train, with the defaults given."""
     parser.add_argument("--name", default=name, help="stem of the files written")
@@ -67,7 +72,7 @@ def training_options(
     parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
     parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
     parser.add_argument(
-        "--shift", type=count(0), default=1, help="largest random translation, in pixels"
+        "--shift", type=count(0), default=shift, help="largest random translation, in pixels"
     )
     parser.add_argument(
         "--channels", type=count(), nargs=2, default=[16, 32], help="widths of the convolutions"
