@@ -22,7 +22,8 @@ from src.comparison import (
 )
 from src.distributed import from_main, is_main, processes, rank, restarted, wait_for_all
 from src.files import lock_file
-from src.folded import PRECISIONS, fastest_precision
+from src.folded import PRECISIONS
+from src.native import fastest_precision
 from src.utils import get_device, load_mnist, seed_everything
 
 

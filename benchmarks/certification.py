@@ -16,8 +16,8 @@ import time
 import numpy as np
 import torch
 
-from src.folded import fastest_precision
 from src.models import ConvNN, SmoothClassifier
+from src.native import fastest_precision
 from src.sampling import single_threaded_workers
 from src.utils import load_mnist, seed_everything
 

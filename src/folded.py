@@ -1,6 +1,5 @@
 """The form of ConvNN that evaluates and is attacked fastest, and in which precision."""
 
-import time
 import warnings
 from collections.abc import Sequence
 
@@ -132,10 +131,6 @@ def _reversed(kernel: Tensor, stride: int) -> Tensor:
     return window[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
 
 
-# Making the one call takes about as long as a few thousand votes.
-WORTH_ONE_CALL = 20_000
-
-
 def as_one_call(network: FoldedConvNN) -> nn.Module:
     """The same network, bit for bit, as one call that lets go of Python's lock until it is done.
 
@@ -151,36 +146,3 @@ def as_one_call(network: FoldedConvNN) -> nn.Module:
             return torch.jit.freeze(traced)
     except (AttributeError, RuntimeError):
         return network
-
-
-def fastest_precision(network: nn.Module, *, seconds: float = 0.05, margin: float = 1.15) -> str:
-    """The precision in which `network` evaluates fastest where it is, measured.
-
-    bfloat16 is several times as fast on processors and GPUs with units for it, and many times
-    slower on others; nothing in between was met, so `margin` keeps the answer the same from call
-    to call.
-
-    Args:
-        network: a ConvNN on the device to measure.
-        seconds: to spend on each precision, about.
-        margin: bfloat16 must be so many times as fast as float32 to be chosen.
-    """
-    images = next(network.parameters()).new_zeros(128, 1, 28, 28)
-    rates = {name: _rate(network.inference_form(name), images, seconds) for name in PRECISIONS}
-    return "bfloat16" if rates["bfloat16"] > margin * rates["float32"] else "float32"
-
-
-@torch.no_grad()
-def _rate(network: nn.Module, images: Tensor, seconds: float) -> float:
-    """Batches a second, the first call not counted."""
-
-    def call() -> None:
-        # Reading a value waits for a GPU.
-        network(images)[0, 0].item()
-
-    call()
-    calls, start = 0, time.perf_counter()
-    while not calls or time.perf_counter() - start < seconds:
-        call()
-        calls += 1
-    return calls / (time.perf_counter() - start)

@@ -21,7 +21,8 @@ from src.certification import (
 )
 from src.checks import check_count, check_images, check_number, evaluation_mode
 from src.convnn import ConvNN
-from src.folded import WORTH_ONE_CALL, as_one_call, check_precision
+from src.folded import check_precision
+from src.native import WORTH_ONE_CALL, voting_form
 from src.sampling import (
     IN_TURN,
     count_votes,
@@ -316,10 +317,9 @@ class SmoothClassifier(nn.Module):
             with evaluation_mode(self.base_classifier) as network:
                 yield network, IN_TURN
             return
-        network = self.base_classifier.inference_form(self.precision)
+        often = copies >= WORTH_ONE_CALL
+        network = voting_form(self.base_classifier, self.precision, often=often)
         on_cpu = self._device(images).type == "cpu"
-        if on_cpu and copies >= WORTH_ONE_CALL:
-            network = as_one_call(network)
         with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
             yield network, workers
 

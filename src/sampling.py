@@ -104,8 +104,8 @@ def _noisy_blocks(image, blocks, n, sigma, stream):
     noise = torch.empty((size, *image.shape), device=image.device)
     for block in blocks:
         # A whole block is drawn even if a part is used: the draws must not depend on n.
-        noise.normal_(generator=generator.manual_seed(block_seed(*stream, block)))
-        yield noise[: n - block * size].mul_(sigma).add_(image)
+        noise.normal_(0, sigma, generator=generator.manual_seed(block_seed(*stream, block)))
+        yield noise[: n - block * size].add_(image)
 
 
 def _add_votes(counts: Tensor, logits: Tensor, expected: int) -> None:

@@ -10,15 +10,16 @@ import torch
 from scipy.stats import kstest, norm
 from torch import nn
 
-from src import folded
+from src import native
 from src.certification import (
     certified_radius,
     lower_confidence_bound,
     two_sided_bounds,
     two_sided_radius,
 )
-from src.folded import PRECISIONS, as_one_call, fastest_precision
+from src.folded import PRECISIONS, as_one_call
 from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
+from src.native import fastest_precision
 from src.sampling import STAGES, block_seed, image_key
 
 GREY = torch.full((1, 28, 28), 0.5)
@@ -243,7 +244,7 @@ def test_the_faster_precision_is_chosen(network, monkeypatch, speed, expected):
     def rate(form, images, seconds):
         return 10.0 * speed if form.dtype == torch.bfloat16 else 10.0
 
-    monkeypatch.setattr(folded, "_rate", rate)
+    monkeypatch.setattr(native, "_rate", rate)
     assert fastest_precision(network) == expected
 
 
@@ -254,7 +255,7 @@ def test_rate_counts_calls_a_second():
             return images.flatten(1)
 
     # At most 100 a second by construction, however busy the machine.
-    assert 0 < folded._rate(Slow(), torch.zeros(1, 1, 2, 2), 0.05) <= 100
+    assert 0 < native._rate(Slow(), torch.zeros(1, 1, 2, 2), 0.05) <= 100
 
 
 @pytest.mark.parametrize("thresholds", [None, (0.25, 0.75)])

@@ -1,0 +1,114 @@
+"""The convolutions in C: the function of the network, whatever the vectors, and doing without."""
+
+import shutil
+
+import pytest
+import torch
+
+from src.models import ConvNN, SmoothClassifier
+from src.native import NativeConvNN, compiled, voting_form
+
+# Where there is no compiler, the project does without these convolutions as well.
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+
+SHAPES = [
+    {"channels": (16, 32)},
+    {"channels": (32, 48), "hidden": 20},
+    {"channels": (16, 16), "pooled": True},
+    {"channels": (32, 16), "pooled": True, "thresholds": (0.4, 0.6)},
+]
+
+
+def trained(seed=0, **options):
+    """A network whose normalisation does something."""
+    torch.manual_seed(seed)
+    network = ConvNN(**options).eval()
+    for norm in (network.norm1, network.norm2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    return network
+
+
+def images_of(count):
+    return 2 * torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(1)) - 0.5
+
+
+@pytest.fixture(params=[8, 16], ids=lambda lanes: f"{lanes}-lanes")
+def library(request):
+    """Built for vectors of either length: the compiler makes do with what the processor has."""
+    found = compiled(f"-DLANES={request.param}")
+    assert found.lanes() == request.param
+    return found
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("count", [1, 5, 6, 17])
+def test_it_is_the_function_of_the_network(options, count, library):
+    network = trained(**options)
+    form = NativeConvNN(network.inference_form(), library)
+    images = images_of(count)
+    with torch.no_grad():
+        expected = network(images)
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(form(images), expected, rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_features_of_an_image_do_not_depend_on_its_batch(options, library):
+    # The fully connected layers are torch's matrix products and not looked at here.
+    form = NativeConvNN(trained(**options).inference_form(), library).features
+    images = images_of(20)
+    together = form(images)
+    assert together.abs().max() > 0
+    for part in (images[:1], images[3:4], images[7:20], images[13:]):
+        start = (images == part[0]).flatten(1).all(1).nonzero().item()
+        assert torch.equal(form(part), together[start : start + len(part)])
+    # Nor on what was there before, nor on the order in memory.
+    assert torch.equal(form(images.flip(0).flip(0)), together)
+    assert torch.equal(form(images.repeat(1, 1, 1, 2)[..., :28]), together)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_a_nan_stays_one(options, library):
+    # It must not become a zero on the way and then a vote.
+    images = images_of(8)
+    images[3, 0, 14, 14] = float("nan")
+    with torch.no_grad():
+        logits = NativeConvNN(trained(**options).inference_form(), library)(images)
+    assert logits[3].isnan().all()
+    assert not logits[[0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch):
+    network = trained()
+    assert isinstance(voting_form(network, "float32"), NativeConvNN)
+    smooth, images = SmoothClassifier(network, 1.0), images_of(2).clamp(0, 1)
+    with_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
+    monkeypatch.setattr("src.native.compiled", lambda: None)
+    assert not isinstance(voting_form(network, "float32"), NativeConvNN)
+    without_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
+    assert torch.equal(with_it.prediction, without_it.prediction)
+    # Rounding decides one vote in some hundred thousand.
+    assert (with_it.top_count - without_it.top_count).abs().max() <= 1
+
+
+def test_widths_that_do_not_fill_the_vectors_are_left_to_torch():
+    assert not isinstance(voting_form(trained(channels=(16, 20)), "float32"), NativeConvNN)
+    assert not isinstance(voting_form(trained(), "bfloat16"), NativeConvNN)
+
+
+def test_without_a_compiler_there_is_no_library(monkeypatch):
+    for missing in ("none-such", "false"):
+        monkeypatch.setenv("CC", missing)
+        compiled.cache_clear()
+        assert compiled() is None
+    monkeypatch.undo()
+    compiled.cache_clear()
+    assert compiled() is not None
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ValueError, match="28"):
+        voting_form(trained(), "float32")(torch.zeros(2, 1, 27, 28))
