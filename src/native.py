@@ -92,6 +92,12 @@ def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn
     return as_one_call(folded) if often else folded
 
 
+def form_name(network: nn.Module, precision: str) -> str:
+    """What `voting_form` makes of a ConvNN, in words, for the records."""
+    native = isinstance(voting_form(network, precision, often=False), NativeConvNN)
+    return "batch normalisation folded" + (", convolutions in C" if native else "")
+
+
 @functools.cache
 def compiled(*flags: str) -> ctypes.CDLL | None:
     """The library of `native.c`, made by the compiler `cc` (or CC); None where there is none.

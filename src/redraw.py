@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from src.certificates import read_rows, read_twin
 from src.checkpoints import load_checkpoint, weights_digest
 from src.models import SmoothClassifier
+from src.native import form_name
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import load_mnist
 
@@ -81,6 +82,6 @@ def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settin
         # Each type of device has its own noise.
         "device": next(smooth.parameters()).device.type,
         "precision": smooth.precision,
-        "form": "batch normalisation folded",
+        "form": form_name(smooth.base_classifier, smooth.precision),
         **settings,
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.models import ConvNN, SmoothClassifier
-from src.native import NativeConvNN, compiled, voting_form
+from src.native import NativeConvNN, compiled, form_name, voting_form
 
 # Where there is no compiler, the project does without these convolutions as well.
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
@@ -84,10 +84,12 @@ def test_a_nan_stays_one(options, library):
 def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch):
     network = trained()
     assert isinstance(voting_form(network, "float32"), NativeConvNN)
+    assert form_name(network, "float32") == "batch normalisation folded, convolutions in C"
     smooth, images = SmoothClassifier(network, 1.0), images_of(2).clamp(0, 1)
     with_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
     monkeypatch.setattr("src.native.compiled", lambda: None)
     assert not isinstance(voting_form(network, "float32"), NativeConvNN)
+    assert form_name(network, "float32") == "batch normalisation folded"
     without_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
     assert torch.equal(with_it.prediction, without_it.prediction)
     # Rounding decides one vote in some hundred thousand.
