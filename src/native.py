@@ -9,6 +9,7 @@ does with one, slower.
 import ctypes
 import functools
 import os
+import shlex
 import subprocess
 import tempfile
 import time
@@ -107,7 +108,8 @@ def compiled(*flags: str) -> ctypes.CDLL | None:
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             target = Path(folder) / "native.so"
-            command = [os.environ.get("CC", "cc"), *_FLAGS, *flags, str(_SOURCE), "-o", str(target)]
+            command = shlex.split(os.environ.get("CC", "cc"))
+            command += [*_FLAGS, *flags, str(_SOURCE), "-o", str(target)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             library = ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):
