@@ -31,8 +31,8 @@ _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 class NativeConvNN(nn.Module):
     """A folded ConvNN in float32 on the CPU whose convolutions are those of `native.c`.
 
-    The same function up to the order of additions, and NaN where that is NaN. Python's lock is
-    free while the convolutions run.
+    The same function up to the order of additions, and NaN where that is NaN; no gradients.
+    Python's lock is free while the convolutions run.
     """
 
     def __init__(self, folded: FoldedConvNN, library: ctypes.CDLL):
@@ -60,7 +60,7 @@ class NativeConvNN(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the fully connected layers get, (B, 49 * channels), the channels last."""
         check_shape(images)
-        images = ramp(images, self.folded.thresholds).contiguous()
+        images = ramp(images.float(), self.folded.thresholds).contiguous()
         features = images.new_empty(len(images), 49 * self.channels[1])
         # Of each call its own, so that threads can share the network.
         scratch = images.new_zeros(self.scratch)

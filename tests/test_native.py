@@ -68,6 +68,8 @@ def test_features_of_an_image_do_not_depend_on_its_batch(options, library):
     # Nor on what was there before, nor on the order in memory.
     assert torch.equal(form(images.flip(0).flip(0)), together)
     assert torch.equal(form(images.repeat(1, 1, 1, 2)[..., :28]), together)
+    assert torch.equal(form(images.double()), together)
+    assert form(images[:0]).shape == (0, together.shape[1])
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
