@@ -1,5 +1,6 @@
 """The form of ConvNN that evaluates and is attacked fastest, and in which precision."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 
@@ -43,7 +44,8 @@ class FoldedConvNN(nn.Module):
     def __init__(self, network: nn.Module, precision: str):
         super().__init__()
         check_precision(precision)
-        self.thresholds, self.halve = network.thresholds, network.halve
+        # A copy, whose mode can change without that of the network.
+        self.thresholds, self.halve = network.thresholds, copy.copy(network.halve)
         self.stride = network.conv1.stride[0]
         self.dtype = getattr(torch, precision)
         self.kernel1, self.bias1 = _folded(network.conv1, network.norm1, self.dtype)
