@@ -9,7 +9,7 @@ from pathlib import Path
 
 from src.checkpoints import load_checkpoint, save_checkpoint
 from src.command_line import count, number, parse, provenance, run, script_parser, training_options
-from src.distributed import is_main
+from src.distributed import from_main, is_main
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import plot_training
 from src.reports import report_smoothing
@@ -18,6 +18,9 @@ from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything
 
 NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
+# The options that a checkpoint is the outcome of.
+TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
+TRAINING += ("channels", "hidden", "held_out", "precision", "quick")
 
 
 def main(argv=None):
@@ -29,8 +32,10 @@ def main(argv=None):
     *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
     path = Path(args.models) / f"{args.name}.pt"
     facts = provenance(Path(__file__).stem, args, argv) | {"sigma": args.sigma}
-    if args.resume and path.exists():
+    if from_main(lambda: args.resume and path.exists()):
         smooth = trained(path, args, device)
+        made = smooth.base_classifier.facts
+        facts |= {"seconds": made["seconds"], "trained": [made["command"], made["commit"]]}
         print(f"Going on with {path}, which is not trained again")
     else:
         smooth, seconds = train(*training, args, device)
@@ -61,13 +66,16 @@ def trained(path, args, device):
     """The smoothed classifier of an earlier run.
 
     Raises:
-        ValueError: if it was trained for another sigma.
+        ValueError: if it was trained with other options.
     """
     network = load_checkpoint(path, device)
-    if network.facts.get("sigma") != args.sigma:
+    was, now = network.facts.get("options", {}), vars(args)
+    different = [name for name in TRAINING if was.get(name) != now[name]]
+    if different:
+        trained_with = ", ".join(f"{name} = {was.get(name)}" for name in different)
         raise ValueError(
-            f"{path} was trained at sigma = {network.facts.get('sigma')}, not {args.sigma:g}; "
-            "give its --sigma, or leave out --resume to train again."
+            f"{path} was trained with {trained_with}, which is not what the options say; "
+            "give the same options, or leave out --resume to train again."
         )
     return SmoothClassifier(network, args.sigma, precision=args.precision)
 
@@ -126,4 +134,4 @@ def option_parser():
 
 
 if __name__ == "__main__":
-    run(main, interrupted="Finished rows are kept; go on with --resume.")
+    run(main, interrupted="A finished checkpoint and its rows are kept; go on with --resume.")

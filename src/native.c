@@ -1,7 +1,7 @@
 /* The two convolutions of ConvNN in evaluation mode, normalisation folded in, for a processor.
 
    Every output pixel is a sum over 5 rows of 5 * inputs consecutive numbers of a padded image whose
-   channels lie last. A tile of PIXELS pixels by VECTORS * LANES channels stays in registers while
+   channels lie last. A tile of PIXELS pixels by one or two vectors of LANES channels stays in registers while
    all of these are added up, in one fixed order: what comes out for an image does not depend on
    the images beside it. The compiler chooses the instructions for the vectors. */
 
@@ -20,6 +20,8 @@ enum { TAPS = 5, SIDE = 28, MARGIN = 2, PIXELS = LANES == 16 ? 8 : 6 };
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int bits __attribute__((vector_size(4 * LANES)));
+/* A compiler that passes over the attribute would compute something else. */
+_Static_assert(sizeof(vector) == 4 * LANES, "no vectors");
 
 /* PIXELS outputs of `vectors` * LANES channels; `run` = 5 * inputs numbers in each of 5 rows. */
 static inline __attribute__((always_inline)) void tile(

@@ -1,9 +1,9 @@
 """The convolutions of ConvNN in C, for processors: compiled on first use where there is a compiler.
 
 On a processor without bfloat16 units most of a certificate's time goes into two small
-convolutions, which torch runs at two thirds of the rate of its matrix product; `native.c` runs
-them at the whole of it (`benchmarks/certification.py`). Without a compiler everything works as it
-does with one, slower.
+convolutions, which `native.c` runs near the rate of torch's matrix product
+(`benchmarks/certification.py`; with CC=none the same through torch alone). Without a compiler
+everything works as it does with one, slower.
 """
 
 import ctypes
@@ -55,7 +55,8 @@ class NativeConvNN(nn.Module):
         features = self.features(images)
         if self.hidden:
             features = F.relu_(F.linear(features, *self.hidden))
-        return F.linear(features, *self.output)[:, : self.classes]
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(features.float(), *self.output)[:, : self.classes]
 
     def features(self, images: Tensor) -> Tensor:
         """What the fully connected layers get, (B, 49 * channels), the channels last."""
@@ -112,13 +113,14 @@ def compiled(*flags: str) -> ctypes.CDLL | None:
             command += [*_FLAGS, *flags, str(_SOURCE), "-o", str(target)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             library = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
+        pointer, layer = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+        batch = [pointer, ctypes.c_int, ctypes.c_int]
+        library.scratch_size.restype = ctypes.c_size_t
+        library.features.restype = None
+        library.features.argtypes = [*batch, *layer, *layer, pointer, pointer]
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
+        # No compiler, or one that does not make this library of C.
         return None
-    size, pointer = ctypes.c_size_t, ctypes.c_void_p
-    library.scratch_size.restype = size
-    library.features.restype = None
-    batch, layer = [pointer, ctypes.c_int, ctypes.c_int], [pointer, pointer, ctypes.c_int]
-    library.features.argtypes = [*batch, *layer, *layer, pointer, pointer]
     return library
 
 
@@ -136,7 +138,13 @@ def fastest_precision(network: nn.Module, *, seconds: float = 0.05, margin: floa
     """
     images = next(network.parameters()).new_zeros(128, 1, 28, 28)
     forms = {name: voting_form(network, name, often=False) for name in PRECISIONS}
-    rates = {name: _rate(form, images, seconds) for name, form in forms.items()}
+    threads = torch.get_num_threads()
+    try:
+        # As they will vote: each on a core of its own.
+        torch.set_num_threads(1)
+        rates = {name: _rate(form, images, seconds) for name, form in forms.items()}
+    finally:
+        torch.set_num_threads(threads)
     return "bfloat16" if rates["bfloat16"] > margin * rates["float32"] else "float32"
 
 

@@ -13,7 +13,7 @@ from src import distributed
 def updater(
     model: nn.Module, updates: int, learning_rate: float, weight_decay: float, precision: str
 ) -> Callable[..., Tensor]:
-    """A function (loss, images, labels) -> (loss, accuracy) that updates the model once."""
+    """A function (loss, images, labels) that updates the model once; gives [loss, accuracy]."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     # One step more than there are updates: the cycle's last learning rate is zero. Its rise takes
     # a fifth; of a handful of updates a little more, or the schedule would divide by zero.

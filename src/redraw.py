@@ -38,8 +38,8 @@ def redraw(
         data: folder of MNIST.
 
     Returns:
-        What differs, a sentence each; empty if nothing does. Another type of device or
-        processor may cast a vote differently in a tie of rounding errors.
+        What differs, a sentence each; empty if nothing does. Another type of device, processor or
+        form of the network may cast a vote differently in a tie of rounding errors.
 
     Raises:
         OSError, ValueError: if a file cannot be used.
@@ -53,6 +53,8 @@ def redraw(
         return [f"{checkpoint} is not the model behind the rows"]
     # Fresh entropy: whoever alters a row must not know which ones are drawn again.
     chosen = np.random.default_rng().choice(len(found), min(rows, len(found)), replace=False)
+    form, recorded = form_name(model, precision), settings.get("form")
+    hint = "" if form == recorded else f"; the form was {recorded!r}, here it is {form!r}"
     problems = []
     for row in (found[number] for number in sorted(chosen)):
         smooth = SmoothClassifier(model, float(row["sigma"]), precision=precision)
@@ -68,7 +70,7 @@ def redraw(
         )
         # The counts decide; bounds and radii follow from them, which `verify` checks.
         if any(str(again.get(key)) != str(row.get(key)) for key in _COUNTED):
-            problems.append(f"image {row['index']} drawn again gives another row")
+            problems.append(f"image {row['index']} drawn again gives another row{hint}")
     return problems
 
 

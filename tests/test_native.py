@@ -1,5 +1,7 @@
 """The convolutions in C: the function of the network, whatever the vectors, and doing without."""
 
+import os
+import shlex
 import shutil
 
 import pytest
@@ -9,13 +11,22 @@ from src.models import ConvNN, SmoothClassifier
 from src.native import NativeConvNN, compiled, form_name, voting_form
 
 # Where there is no compiler, the project does without these convolutions as well.
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+COMPILER = shlex.split(os.environ.get("CC", "cc"))[0]
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="there is no compiler")
 
 SHAPES = [
+    {"channels": (8, 24)},
     {"channels": (16, 32)},
     {"channels": (32, 48), "hidden": 20},
     {"channels": (16, 16), "pooled": True},
     {"channels": (32, 16), "pooled": True, "thresholds": (0.4, 0.6)},
+]
+# Built for vectors of either length: the compiler makes do with what the processor has.
+CASES = [
+    (lanes, options)
+    for lanes in (8, 16)
+    for options in SHAPES
+    if not any(width % lanes for width in options["channels"])
 ]
 
 
@@ -35,19 +46,19 @@ def images_of(count):
     return 2 * torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(1)) - 0.5
 
 
-@pytest.fixture(params=[8, 16], ids=lambda lanes: f"{lanes}-lanes")
-def library(request):
-    """Built for vectors of either length: the compiler makes do with what the processor has."""
-    found = compiled(f"-DLANES={request.param}")
-    assert found.lanes() == request.param
-    return found
-
-
-@pytest.mark.parametrize("options", SHAPES, ids=str)
-@pytest.mark.parametrize("count", [1, 5, 6, 17])
-def test_it_is_the_function_of_the_network(options, count, library):
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    """(a network, its form in C)."""
+    lanes, options = request.param
+    library = compiled(f"-DLANES={lanes}")
+    assert library.lanes() == lanes
     network = trained(**options)
-    form = NativeConvNN(network.inference_form(), library)
+    return network, NativeConvNN(network.inference_form(), library)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 8, 17])
+def test_it_is_the_function_of_the_network(case, count):
+    network, form = case
     images = images_of(count)
     with torch.no_grad():
         expected = network(images)
@@ -55,10 +66,9 @@ def test_it_is_the_function_of_the_network(options, count, library):
         torch.testing.assert_close(form(images), expected, rtol=1e-5, atol=tolerance)
 
 
-@pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_features_of_an_image_do_not_depend_on_its_batch(options, library):
+def test_features_of_an_image_do_not_depend_on_its_batch(case):
     # The fully connected layers are torch's matrix products and not looked at here.
-    form = NativeConvNN(trained(**options).inference_form(), library).features
+    form = case[1].features
     images = images_of(20)
     together = form(images)
     assert together.abs().max() > 0
@@ -72,13 +82,12 @@ def test_features_of_an_image_do_not_depend_on_its_batch(options, library):
     assert form(images[:0]).shape == (0, together.shape[1])
 
 
-@pytest.mark.parametrize("options", SHAPES, ids=str)
-def test_a_nan_stays_one(options, library):
+def test_a_nan_stays_one(case):
     # It must not become a zero on the way and then a vote.
     images = images_of(8)
     images[3, 0, 14, 14] = float("nan")
     with torch.no_grad():
-        logits = NativeConvNN(trained(**options).inference_form(), library)(images)
+        logits = case[1](images)
     assert logits[3].isnan().all()
     assert not logits[[0, 1, 2, 4, 5, 6, 7]].isnan().any()
 
@@ -103,14 +112,22 @@ def test_widths_that_do_not_fill_the_vectors_are_left_to_torch():
     assert not isinstance(voting_form(trained(), "bfloat16"), NativeConvNN)
 
 
-def test_without_a_compiler_there_is_no_library(monkeypatch):
-    for missing in ("none-such", "false"):
-        monkeypatch.setenv("CC", missing)
-        compiled.cache_clear()
-        assert compiled() is None
-    monkeypatch.undo()
+@pytest.fixture
+def fresh():
+    """Whatever the test makes of the compiler is forgotten afterwards."""
     compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
+# No such program, one that fails, a shell's half word, and no vectors.
+@pytest.mark.parametrize("compiler", ["none-such", "false", '"', f"{COMPILER} -D__attribute__(x)="])
+def test_without_a_good_compiler_there_is_no_library(compiler, fresh, monkeypatch):
     assert compiled() is not None
+    compiled.cache_clear()
+    monkeypatch.setenv("CC", compiler)
+    assert compiled() is None
+    assert not isinstance(voting_form(trained(), "float32"), NativeConvNN)
 
 
 def test_another_shape_is_refused():

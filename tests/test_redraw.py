@@ -19,7 +19,7 @@ def recorded(request, tmp_path_factory, mnist_root):
     """Rows of an untrained network, whose votes are close, and its checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    model, test = ConvNN((2, 3)).eval(), load_mnist("test", mnist_root)
+    model, test = ConvNN((16, 16)).eval(), load_mnist("test", mnist_root)
     # Several classes must get votes, or every run would give the same counts.
     noisy = test.tensors[0][INDICES].repeat(40, 1, 1, 1) + torch.randn(120, 1, 28, 28)
     model.output.bias.data -= model(noisy).detach().mean(dim=0)
@@ -48,7 +48,16 @@ def test_altered_counts_are_found(recorded, mnist_root, tmp_path, count):
     write_rows(tmp_path / "rows.csv", rows)
     (tmp_path / "rows.json").write_bytes((recorded / "rows.json").read_bytes())
     (problem,) = redraw(tmp_path / "rows.csv", 3, recorded / "model.pt", mnist_root)
-    assert "image 1234" in problem
+    assert problem == "image 1234 drawn again gives another row"
+
+
+def test_another_form_is_named_where_counts_differ(recorded, mnist_root, monkeypatch):
+    monkeypatch.setattr("src.redraw.form_name", lambda network, precision: "other")
+    assert redraw(recorded / "rows.csv", 3, recorded / "model.pt", mnist_root) == []
+    monkeypatch.setattr("src.redraw._COUNTED", ("radius", "absent"))
+    monkeypatch.setattr("src.models.certified_radius", lambda p_lower, sigma: 9.0)
+    first, *_ = redraw(recorded / "rows.csv", 3, recorded / "model.pt", mnist_root)
+    assert first.endswith("here it is 'other'")
 
 
 def test_another_model_is_named(recorded, mnist_root, tmp_path):

@@ -143,8 +143,11 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
     main_random_smoothing.main(["--quick", "--resume"])
     assert (tmp_path / rows).read_bytes() == whole
     assert (tmp_path / model).stat().st_mtime_ns == stored
-    with pytest.raises(ValueError, match=r"trained at sigma = 0\.5, not 1; give its --sigma"):
-        main_random_smoothing.main(["--quick", "--resume", "--sigma", "1"])
+    # Rows that were made again would have been set aside first.
+    assert not list((tmp_path / "results").glob("*previous*"))
+    for other, was in (("--sigma=1", r"sigma = 0\.5"), ("--hidden=9", "hidden = None")):
+        with pytest.raises(ValueError, match=f"was trained with {was}, which is not what"):
+            main_random_smoothing.main(["--quick", "--resume", other])
 
 
 def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root):
