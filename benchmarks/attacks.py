@@ -2,10 +2,10 @@
 
 The plain loop takes the unchanged network through a batch of 1,000 images: random start, forward,
 cross-entropy, gradient by the images, signed step, clamp to the ball and to [0, 1]; a point that
-is misclassified on the way counts, as it does for ours, so that both are as strong. Ours takes the
-same number of steps of the same size from a random start. Both alternate in one run; medians are
-printed, and the accuracy that each attack leaves. The networks are trained for an epoch against
-the single step first (half a minute each).
+is misclassified on the way counts, as it does for ours. Ours takes steps of the same size from a
+random start, at most as many, since it leaves an image once it has fallen. Both alternate in one
+run; medians are printed, and the accuracy that each attack leaves. The networks are trained for an
+epoch against the single step first (half a minute each).
 
 Run: python -m benchmarks.attacks
 """

@@ -2,8 +2,9 @@
 
 Each model's clean accuracy (all 10,000 test images) and its accuracy under PGD come from what
 main_adv_training.py wrote, those under AutoAttack and then the attack behind the ramp from
-benchmarks/autoattack.py on the first images of the test set. Published figures are those of the
-papers and READMEs named, AutoAttack (standard) on all 10,000 images.
+benchmarks/autoattack.py on the first images of the test set. Published figures are AutoAttack
+(standard) on all 10,000 images: of the papers' models named, and for SmallCNN as a README that
+publishes its checkpoints gives them.
 
 Run: python -m benchmarks.robust_models
 """
