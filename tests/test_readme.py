@@ -1,11 +1,16 @@
 """The numbers in the README are those of the committed rows."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks import published, robust_models
 from src.certificates import read_rows, verify
+from src.checkpoints import load_checkpoint, weights_digest
 from src.comparison import MODELS
+from src.intervals import average_certified_radius
 from src.tables import attack_comparison, certificate_lines, population_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,5 +48,71 @@ def test_certificate_tables_are_those_of_the_rows(certificates):
     assert population_lines(certificates, radii[2::2]) in README
 
 
-def test_figure_of_the_readme_is_there():
-    assert (ROOT / "reference/figures/comparison_certified_accuracy.png").exists()
+@pytest.mark.parametrize("sigma", published.SIGMAS)
+def test_committed_certificates_beside_the_published_ones_verify(sigma):
+    path = RESULTS / f"smoothing_best_{sigma:.2f}_certificates.csv"
+    assert verify(path) == []
+    rows = read_rows(path)
+    # The protocol of the published rows, on the same images.
+    assert [int(row["index"]) for row in rows] == list(range(0, 10_000, 20))
+    assert {(row["n0"], row["n"], row["alpha"]) for row in rows} == {("100", "100000", "0.001")}
+    model = load_checkpoint(ROOT / f"reference/models/smoothing_best_{sigma:.2f}.pt")
+    settings = json.loads(path.with_suffix(".json").read_text())["settings"]
+    assert settings["model_digest"] == weights_digest(model.state_dict())
+
+
+@pytest.mark.parametrize("sigma", published.SIGMAS)
+def test_tables_beside_the_published_ones_are_those_of_the_rows(sigma):
+    ours = published.our_rows(sigma, RESULTS)
+    assert "here, best" in ours
+    others = published.published_curves(sigma, ROOT / "reference/published_certificates.csv")
+    assert published.published_lines(sigma, ours, others) in README
+
+
+def test_differences_to_the_published_ones_are_those_of_the_rows():
+    rows = read_rows(RESULTS / "published_differences.csv")
+    assert published.difference_lines(rows) in README
+    for row in rows:
+        # The mean is the difference of two averages over the same images.
+        sigma = float(row["sigma"])
+        (own,) = (
+            r for name, r in published.our_rows(sigma, RESULTS).items() if name == row["ours"]
+        )
+        acr = average_certified_radius(
+            *([float(r[key]) for r in own] for key in ("radius", "correct"))
+        )
+        others = published.published_curves(sigma, ROOT / "reference/published_certificates.csv")
+        (theirs,) = (
+            float(other["acr"])
+            for name, other in others.items()
+            if plain(name) == plain(row["method"])
+        )
+        assert float(row["mean"]) == pytest.approx(acr - theirs, abs=1e-4)
+
+
+def plain(name):
+    """The letters of a method's name: two files spell it in two ways."""
+    return "".join(letter for letter in name.lower() if letter.isalpha())
+
+
+def test_figures_of_the_readme_are_there():
+    figures = re.findall(r"\]\((reference/figures/[^)]+)\)", README)
+    assert figures
+    assert all((ROOT / figure).exists() for figure in figures)
+
+
+def test_table_of_robust_models_is_that_of_the_rows():
+    table = robust_models.model_lines("linf", 0.3, RESULTS)
+    assert table in README
+    assert "3 seeds, mean ± sd" in table
+
+
+@pytest.mark.parametrize("stem", ["", "_seed1", "_seed2"])
+def test_the_referee_judged_the_committed_model(stem):
+    name = f"adversarial_single_step{stem}"
+    model = load_checkpoint(ROOT / f"reference/models/{name}.pt")
+    judged = json.loads((RESULTS / f"autoattack_{name}.json").read_text())
+    assert judged["digest"] == weights_digest(model.state_dict())
+    assert (judged["norm"], judged["epsilon"]) == ("linf", 0.3)
+    made = json.loads((RESULTS / f"{name}_attacks.json").read_text())
+    assert made["commit"] == model.facts["commit"]
