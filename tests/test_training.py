@@ -48,7 +48,10 @@ def test_standard_loss_is_the_closed_form():
 def test_trades_loss_is_its_formula():
     # Linear logits: KL(p || q) written out, on images moved by a known amount.
     model, (images, labels) = linear(), halves(8).tensors
-    attack = lambda model, images, labels: images + 0.1 * labels[:, None, None, None]  # noqa: E731
+
+    def attack(model, images, labels):
+        return images + 0.1 * labels[:, None, None, None]
+
     loss, logits = trades_loss(model, images, labels, attack=attack, beta=3.0)
     moved = attack(model, images, labels)
     p, q = model(images).softmax(1), model(moved).softmax(1)
