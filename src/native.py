@@ -1,9 +1,8 @@
 """The convolutions of ConvNN in C, for processors: compiled on first use where there is a compiler.
 
-On a processor without bfloat16 units most of a certificate's time goes into two small
-convolutions, which `native.c` runs near the rate of torch's matrix product
-(`benchmarks/certification.py`; with CC=none the same through torch alone). Without a compiler
-everything works as it does with one, slower.
+Most of a certificate's time goes into two small convolutions, which `native.c` runs near the rate
+of torch's matrix product (`benchmarks/certification.py`; with CC=none the same through torch
+alone). Without a compiler everything works as it does with one, slower.
 """
 
 import ctypes
@@ -29,10 +28,14 @@ _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 
 
 class NativeConvNN(nn.Module):
-    """A folded ConvNN in float32 on the CPU whose convolutions are those of `native.c`.
+    """A folded ConvNN on the CPU whose convolutions are those of `native.c`.
 
     The same function up to the order of additions, and NaN where that is NaN; no gradients.
     Python's lock is free while the convolutions run.
+
+    Args:
+        folded: the network.
+        library: `compiled` for the precision of the network.
     """
 
     def __init__(self, folded: FoldedConvNN, library: ctypes.CDLL):
@@ -40,10 +43,8 @@ class NativeConvNN(nn.Module):
         self.folded, self.library = folded, library
         self.pooled = folded.stride == 1
         self.channels = [len(folded.kernel1), len(folded.kernel2)]
-        # (5, 5, inputs, channels): the order in which they are added up.
-        self.kernels = [
-            kernel.permute(2, 3, 1, 0).contiguous() for kernel in (folded.kernel1, folded.kernel2)
-        ]
+        self.kernels = [_in_order(kernel) for kernel in (folded.kernel1, folded.kernel2)]
+        self.biases = [bias.float() for bias in (folded.bias1, folded.bias2)]
         self.scratch = library.scratch_size(self.pooled, *self.channels)
         # With a few empty classes more the product of matrices is nearly twice as fast.
         *self.hidden, weight, bias = folded.connected
@@ -62,18 +63,30 @@ class NativeConvNN(nn.Module):
         """What the fully connected layers get, (B, 49 * channels), the channels last."""
         check_shape(images)
         images = ramp(images.float(), self.folded.thresholds).contiguous()
-        features = images.new_empty(len(images), 49 * self.channels[1])
+        shape = len(images), 49 * self.channels[1]
+        features = images.new_empty(shape, dtype=self.folded.dtype)
         # Of each call its own, so that threads can share the network.
-        scratch = images.new_zeros(self.scratch)
+        scratch = images.new_zeros(self.scratch, dtype=torch.uint8)
         first, second = (
             (kernel.data_ptr(), bias.data_ptr(), count)
-            for kernel, bias, count in zip(
-                self.kernels, (self.folded.bias1, self.folded.bias2), self.channels, strict=True
-            )
+            for kernel, bias, count in zip(self.kernels, self.biases, self.channels, strict=True)
         )
         batch = (images.data_ptr(), len(images), self.pooled)
         self.library.features(*batch, *first, *second, scratch.data_ptr(), features.data_ptr())
         return features
+
+
+def _in_order(kernel: Tensor) -> Tensor:
+    """A kernel (channels, inputs, 5, 5) in the order in which `native.c` adds it up.
+
+    float32: (5, 5 * inputs, channels). bfloat16: (5, pairs, channels, 2), where the 5 * inputs
+    numbers of a row are filled up with a zero if they are odd.
+    """
+    rows = kernel.permute(2, 3, 1, 0).flatten(1, 2)
+    if kernel.dtype == torch.float32:
+        return rows.contiguous()
+    rows = F.pad(rows, (0, 0, 0, rows.shape[1] % 2))
+    return rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
 
 
 def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn.Module:
@@ -88,10 +101,17 @@ def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn
     if folded.kernel1.device.type != "cpu":
         return folded
     # Not a matter of `often`: an image's votes must be the same whatever else is asked.
-    library = compiled() if precision == "float32" else None
-    if library and not any(len(k) % library.lanes() for k in (folded.kernel1, folded.kernel2)):
+    library = compiled(precision)
+    if library and _suits(library, folded):
         return NativeConvNN(folded, library).eval()
     return as_one_call(folded) if often else folded
+
+
+def _suits(library: ctypes.CDLL, folded: FoldedConvNN) -> bool:
+    """Whether the channels fill the vectors, and torch has no faster units than these."""
+    if folded.dtype == torch.bfloat16 and library.matrix_units():
+        return False
+    return not any(len(k) % library.lanes() for k in (folded.kernel1, folded.kernel2))
 
 
 def form_name(network: nn.Module, precision: str) -> str:
@@ -101,11 +121,13 @@ def form_name(network: nn.Module, precision: str) -> str:
 
 
 @functools.cache
-def compiled(*flags: str) -> ctypes.CDLL | None:
-    """The library of `native.c`, made by the compiler `cc` (or CC); None where there is none.
+def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
+    """The library of `native.c` for a precision, made by the compiler `cc` (or CC).
 
-    It takes half a second, once a process. CC=none does without.
+    None where there is none. It takes half a second, once a process. CC=none does without.
     """
+    if precision == "bfloat16":
+        flags += ("-DBFLOAT16",)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             target = Path(folder) / "native.so"

@@ -3,12 +3,15 @@
 import os
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from src.folded import ramp
 from src.models import ConvNN, SmoothClassifier
-from src.native import NativeConvNN, compiled, form_name, voting_form
+from src.native import NativeConvNN, _suits, compiled, form_name, voting_form
 
 # Where there is no compiler, the project does without these convolutions as well.
 COMPILER = shlex.split(os.environ.get("CC", "cc"))[0]
@@ -47,23 +50,53 @@ def images_of(count):
 
 
 @pytest.fixture(params=CASES, ids=str)
-def case(request):
-    """(a network, its form in C)."""
-    lanes, options = request.param
-    library = compiled(f"-DLANES={lanes}")
+def options_and_lanes(request):
+    return request.param
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def case(request, options_and_lanes):
+    """(a network folded, its form in C)."""
+    lanes, options = options_and_lanes
+    library = compiled(request.param, f"-DLANES={lanes}")
     assert library.lanes() == lanes
-    network = trained(**options)
-    return network, NativeConvNN(network.inference_form(), library)
+    folded = trained(**options).inference_form(request.param)
+    return folded, NativeConvNN(folded, library)
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 8, 17])
 def test_it_is_the_function_of_the_network(case, count):
-    network, form = case
+    folded, form = case
     images = images_of(count)
+    # bfloat16 keeps 8 bits; sums in another order may be rounded the other way, twice.
+    rounding = 1e-5 if folded.dtype == torch.float32 else 2**-7
     with torch.no_grad():
-        expected = network(images)
-        tolerance = 1e-5 * expected.abs().max().item()
-        torch.testing.assert_close(form(images), expected, rtol=1e-5, atol=tolerance)
+        expected = folded(images)
+        tolerance = rounding * expected.abs().max().item()
+        torch.testing.assert_close(form(images), expected, rtol=rounding, atol=tolerance)
+
+
+def test_bfloat16_rounds_as_it_should(options_and_lanes):
+    # Every rounding in its place, all else in float64. A sum in float32 next to the middle of two
+    # numbers may go either way, and the next sum with it: seldom, and by one number.
+    lanes, options = options_and_lanes
+    folded = trained(**options).inference_form("bfloat16")
+    images = images_of(9)
+
+    def layer(values, kernel, bias):
+        values = F.conv2d(values, kernel.double(), bias.double(), folded.stride, padding=2)
+        return folded.halve(values).relu().bfloat16().double()
+
+    values = ramp(images, folded.thresholds).bfloat16().double()
+    values = layer(values, folded.kernel1, folded.bias1)
+    expected = layer(values, folded.kernel2, folded.bias2).permute(0, 2, 3, 1).flatten(1)
+    form = NativeConvNN(folded, compiled("bfloat16", f"-DLANES={lanes}"))
+    found = form.features(images)
+    assert found.dtype == torch.bfloat16
+    different = found.double() != expected
+    assert different.double().mean() < 0.01
+    step = 2**-8 * expected.abs().clamp(min=expected.max() / 100)
+    assert ((found.double() - expected).abs() <= 2 * step).all()
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch(case):
@@ -98,7 +131,7 @@ def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch
     assert form_name(network, "float32") == "batch normalisation folded, convolutions in C"
     smooth, images = SmoothClassifier(network, 1.0), images_of(2).clamp(0, 1)
     with_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
-    monkeypatch.setattr("src.native.compiled", lambda: None)
+    monkeypatch.setattr("src.native.compiled", lambda precision: None)
     assert not isinstance(voting_form(network, "float32"), NativeConvNN)
     assert form_name(network, "float32") == "batch normalisation folded"
     without_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
@@ -109,7 +142,14 @@ def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch
 
 def test_widths_that_do_not_fill_the_vectors_are_left_to_torch():
     assert not isinstance(voting_form(trained(channels=(16, 20)), "float32"), NativeConvNN)
-    assert not isinstance(voting_form(trained(), "bfloat16"), NativeConvNN)
+
+
+def test_bfloat16_is_left_to_faster_units_of_the_processor():
+    for has in (0, 1):
+        library = SimpleNamespace(lanes=lambda: 8, matrix_units=lambda has=has: has)
+        network = trained()
+        assert _suits(library, network.inference_form("bfloat16")) == (not has)
+        assert _suits(library, network.inference_form("float32"))
 
 
 @pytest.fixture
@@ -123,10 +163,10 @@ def fresh():
 # No such program, one that fails, a shell's half word, and no vectors.
 @pytest.mark.parametrize("compiler", ["none-such", "false", '"', f"{COMPILER} -D__attribute__(x)="])
 def test_without_a_good_compiler_there_is_no_library(compiler, fresh, monkeypatch):
-    assert compiled() is not None
+    assert compiled("float32") is not None
     compiled.cache_clear()
     monkeypatch.setenv("CC", compiler)
-    assert compiled() is None
+    assert compiled("float32") is None
     assert not isinstance(voting_form(trained(), "float32"), NativeConvNN)
 
 
