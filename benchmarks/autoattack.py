@@ -15,7 +15,9 @@ A network with a ramp hides from all four what a ball reaches behind it; so our 
 comes last (margin from 5 starts, 9 targets). The rows have the columns index, label, clean, one
 for every attack (1: still classified correctly after it and all before), and robust. They grow
 by a batch at a time; the same command takes up a run that was stopped, and more --images extend
-it. `--strongest` adds a column of our own `strongest_attack`, from the clean images.
+it. The images come in the order 0, 20, 40, ..., then 1, 21, ...: any first part of it is spread
+over the test set, whose first half is harder than its second. `--strongest` adds a column of our
+own `strongest_attack`, from the clean images.
 
 Measured on networks of two epochs, first images of the test set: linf 0.3 without a ramp, 500
 images, AutoAttack leaves 62.8 %, ours 62.4 %; l2 2.0 with a ramp, 200 images, AutoAttack leaves
@@ -53,35 +55,40 @@ from src.training_and_evaluation import correct
 from src.utils import get_device, load_mnist, subset
 
 VERSION = "3.5.1"
+# Any first part of it is spread over the test set.
+ORDER = sorted(range(10_000), key=lambda index: index % 20)
 ATTACKS = ("apgd_ce", "apgd_t", "fab_t", "square", "ramp")
 
 
 def main(argv=None):
     args = options(argv)
     model = load_checkpoint(args.checkpoint, get_device(args.device))
-    test = subset(load_mnist("test", args.data), range(args.images))
+    test = load_mnist("test", args.data)
+    order = [index for index in ORDER if index < len(test)][: args.images]
     columns = ["index", "label", "clean", *ATTACKS, "robust"]
     columns += ["strongest"] if args.strongest else []
     settings = {
         "digest": weights_digest(model.state_dict()),
         "columns": columns,
         "torchattacks": VERSION,
+        "order": "0, 20, 40, ..., 1, 21, ...",
         **{name: getattr(args, name) for name in ("norm", "epsilon", "seed", "batch_size")},
     }
     Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
     with lock_file(args.rows):
         done = finished(Path(args.rows), columns, settings)
-        for start in range(done, len(test), args.batch_size):
-            batch = subset(test, range(start, min(start + args.batch_size, len(test))))
+        for start in range(done, len(order), args.batch_size):
+            indices = order[start : start + args.batch_size]
+            batch = subset(test, indices)
             begin = time.perf_counter()
             hits = attacked(model, batch, args)
-            append(Path(args.rows), [start + i for i in range(len(batch))], batch, hits)
+            append(Path(args.rows), indices, batch, hits)
             print(
                 f"{start + len(batch):6d} images, {int(hits['robust'].sum())} of the last "
                 f"{len(batch)} stand, {time.perf_counter() - begin:.0f} s",
                 flush=True,
             )
-        print(summary(read_rows(args.rows)[: len(test)]))
+        print(summary(read_rows(args.rows)[: len(order)]))
 
 
 def options(argv):
@@ -93,9 +100,9 @@ def options(argv):
     parser.add_argument("checkpoint", help="the model, .pt")
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
     parser.add_argument("--epsilon", type=number(), default=0.3, help="radius, pixel units")
-    parser.add_argument("--images", type=count(), default=10_000, help="the first of the test set")
+    parser.add_argument("--images", type=count(), default=10_000, help="how many, in that order")
     parser.add_argument("--seed", type=count(0), default=0, help="of every attack")
-    parser.add_argument("--batch-size", type=count(), default=500, help="images a batch")
+    parser.add_argument("--batch-size", type=count(), default=250, help="images a batch")
     parser.add_argument("--rows", required=True, help="the file of rows, .csv")
     parser.add_argument("--strongest", action="store_true", help="our strongest_attack as well")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")

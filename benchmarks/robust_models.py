@@ -2,7 +2,7 @@
 
 Each model's clean accuracy (all 10,000 test images) and its accuracy under PGD come from what
 main_adv_training.py wrote, those under AutoAttack and then the attack behind the ramp from
-benchmarks/autoattack.py on the first images of the test set. Published figures are AutoAttack
+benchmarks/autoattack.py on images spread over the test set. Published figures are AutoAttack
 (standard) on all 10,000 images: of the papers' models named, and for SmallCNN as a README that
 publishes its checkpoints gives them.
 

@@ -51,6 +51,16 @@ def test_no_image_rises_again_and_the_last_column_is_the_answer(call):
         assert results[-1] == results[-2]
 
 
+def test_any_first_part_of_the_images_is_spread_over_the_test_set(call):
+    assert sorted(autoattack.ORDER) == list(range(10_000))
+    assert autoattack.ORDER[:500] == list(range(0, 10_000, 20))
+    assert autoattack.ORDER[500:1000] == list(range(1, 10_000, 20))
+    # The test set of these tests is smaller; the rows say which image each is.
+    indices = [int(row["index"]) for row in read_rows(call("a.csv", 12))]
+    assert len(set(indices)) == 12
+    assert [index % 20 for index in indices] == sorted(index % 20 for index in indices)
+
+
 def test_rows_of_other_settings_are_refused(call):
     call("a.csv", 4)
     for other in (["--seed", "1"], ["--norm", "l2"]):
