@@ -184,6 +184,23 @@ def test_a_resumed_run_keeps_the_precision_of_its_rows(finished, monkeypatch, ca
     assert f"in {stored}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "epsilon", "thresholds"),
+    [
+        ([], 0.3, [0.4, 0.6]),
+        (["--no-thresholds"], 0.3, None),
+        (["--thresholds", "0.3", "0.7", "--epsilon", "0.2"], 0.2, [0.3, 0.7]),
+        # A ramp does not withstand in l2 what it withstands in linf.
+        (["--norm", "l2"], 2.0, None),
+        (["--norm", "l2", "--thresholds", "0.4", "0.6", "--epsilon", "1"], 1.0, [0.4, 0.6]),
+    ],
+)
+def test_adversarial_training_has_the_defaults_of_its_norm(options, epsilon, thresholds):
+    parsed = main_adv_training.option_parser().parse_args(options)
+    args = main_adv_training.complete(parsed)
+    assert (args.epsilon, args.thresholds) == (epsilon, thresholds)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_gives_units_and_defaults(script):
     ended = start(script, "--help", cwd=ROOT)
