@@ -10,6 +10,7 @@ from pathlib import Path
 from src.checkpoints import load_checkpoint, save_checkpoint
 from src.command_line import count, number, parse, provenance, run, script_parser, training_options
 from src.distributed import from_main, is_main
+from src.folded import PRECISIONS
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import plot_training
 from src.reports import report_smoothing
@@ -77,7 +78,7 @@ def trained(path, args, device):
             f"{path} was trained with {trained_with}, which is not what the options say; "
             "give the same options, or leave out --resume to train again."
         )
-    return SmoothClassifier(network, args.sigma, precision=args.precision)
+    return SmoothClassifier(network, args.sigma, precision=args.votes or args.precision)
 
 
 def train(images, held_out, args, device):
@@ -87,7 +88,8 @@ def train(images, held_out, args, device):
         f"{args.method}, on {len(images):,} images, {device}"
     )
     network = ConvNN(args.channels, args.hidden)
-    smooth = SmoothClassifier(network, args.sigma, precision=args.precision).to(device)
+    precision = args.votes or args.precision
+    smooth = SmoothClassifier(network, args.sigma, precision=precision).to(device)
     history = train_model(
         smooth,
         images,
@@ -124,6 +126,11 @@ def option_parser():
     )
     parser.add_argument(
         "--n", type=count(), default=10_000, help="noisy copies that bound a probability"
+    )
+    parser.add_argument(
+        "--votes",
+        choices=PRECISIONS,
+        help="precision of the network that votes; default: that of the training",
     )
     parser.add_argument(
         "--resume",

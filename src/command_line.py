@@ -14,7 +14,7 @@ import torch
 
 from src.distributed import process_group, report_failure
 from src.files import check_writable
-from src.folded import PRECISIONS
+from src.folded import FLOATS
 from src.utils import get_device
 
 
@@ -85,7 +85,7 @@ def training_options(
     )
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
+        choices=FLOATS,
         default="float32",
         help="of training; bfloat16 is faster on processors and GPUs with units for it only",
     )

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.checks import check_count, check_shape, evaluation_mode
-from src.folded import FoldedConvNN, ramp
+from src.folded import FoldedConvNN, check_precision, ramp
+from src.quantized import QuantizedConvNN
 
 
 class ConvNN(nn.Module):
@@ -91,12 +92,14 @@ class ConvNN(nn.Module):
         """A copy for evaluation only, the same function up to rounding, and faster.
 
         Args:
-            precision: "float32", or "bfloat16" for all layers but the output.
+            precision: "float32", or "bfloat16" or "int16" for all layers but the output. The last
+                has no gradients.
 
         Raises:
             ValueError: for another precision.
         """
-        return FoldedConvNN(self, precision)
+        check_precision(precision)
+        return QuantizedConvNN(self) if precision == "int16" else FoldedConvNN(self, precision)
 
 
 @contextmanager

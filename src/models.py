@@ -73,8 +73,9 @@ class SmoothClassifier(nn.Module):
         base_classifier: f, images (B, 1, 28, 28) -> logits (B, num_classes).
         sigma: standard deviation of the noise, in pixel units.
         num_classes: number of logits of f.
-        precision: "float32" or "bfloat16", of the network that votes: a bfloat16 network is
-            the classifier then certified (only for a ConvNN; see `fastest_precision`).
+        precision: "float32", "bfloat16" or "int16", of the network that votes, which is the
+            classifier then certified (others than float32 for a ConvNN only; see
+            `fastest_precision`).
     """
 
     def __init__(

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.checks import check_shape
-from src.folded import PRECISIONS, FoldedConvNN, as_one_call, ramp
+from src.folded import FLOATS, FoldedConvNN, VotingOutput, as_one_call, ramp
+from src.quantized import QuantizedConvNN
 
 _SOURCE = Path(__file__).with_suffix(".c")
 # Making one call of a network by TorchScript takes about as long as a few thousand votes.
@@ -27,66 +28,98 @@ WORTH_ONE_CALL = 20_000
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 
 
-class NativeConvNN(nn.Module):
-    """A folded ConvNN on the CPU whose convolutions are those of `native.c`.
+class _Layer(ctypes.Structure):
+    """The struct layer of `native.c`."""
 
-    The same function up to the order of additions, and NaN where that is NaN; no gradients.
-    Python's lock is free while the convolutions run.
+    _fields_ = [(name, ctypes.c_void_p) for name in ("kernel", "bias", "scale")]
+    _fields_ += [("width", ctypes.c_int)]
+
+
+class NativeConvNN(nn.Module):
+    """A form of ConvNN on the CPU whose convolutions are those of `native.c`.
+
+    The same function, in floats up to the order of additions, and NaN where that is NaN; no
+    gradients. Python's lock is free while the convolutions run.
 
     Args:
-        folded: the network.
-        library: `compiled` for the precision of the network.
+        form: a FoldedConvNN or QuantizedConvNN.
+        library: `compiled` for its precision.
     """
 
-    def __init__(self, folded: FoldedConvNN, library: ctypes.CDLL):
+    def __init__(self, form: FoldedConvNN | QuantizedConvNN, library: ctypes.CDLL):
         super().__init__()
-        self.folded, self.library = folded, library
-        self.pooled = folded.stride == 1
-        self.channels = [len(folded.kernel1), len(folded.kernel2)]
-        self.kernels = [_in_order(kernel) for kernel in (folded.kernel1, folded.kernel2)]
-        self.biases = [bias.float() for bias in (folded.bias1, folded.bias2)]
-        self.scratch = library.scratch_size(self.pooled, *self.channels)
-        # With a few empty classes more the product of matrices is nearly twice as fast.
-        *self.hidden, weight, bias = folded.connected
-        self.classes = len(bias)
-        empty = -self.classes % 16
-        self.output = (F.pad(weight, (0, 0, 0, empty)), F.pad(bias, (0, empty)))
+        self.form, self.library, self.dtype = form, library, form.dtype
+        self.pooled = form.stride == 1
+        self.widths = [len(form.kernel1), len(form.kernel2)]
+        self.scratch = library.scratch_size(self.pooled, *self.widths)
+        kernels = [_rows(kernel) for kernel in (form.kernel1, form.kernel2)]
+        if self.quantized:
+            parameters = [form.layer(number)[1:] for number in (1, 2, 3)[: form.layers]]
+            kernels += [form.kernel3.T[None]] if form.layers == 3 else []
+        else:
+            # Floats have no scales.
+            parameters = [(bias.float(),) * 2 for bias in (form.bias1, form.bias2)]
+            *self.connected, weight, bias = form.connected
+            self.output = VotingOutput(weight, bias)
+        lanes = library.lanes()
+        tensors = [
+            (_in_order(kernel, lanes), *values)
+            for kernel, values in zip(kernels, parameters, strict=True)
+        ]
+        self.kept = tensors
+        self.layers = [
+            _Layer(*(values.data_ptr() for values in layer), len(layer[1])) for layer in tensors
+        ]
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.form, QuantizedConvNN)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)
-        if self.hidden:
-            features = F.relu_(F.linear(features, *self.hidden))
-        with torch.autocast("cpu", enabled=False):
-            return F.linear(features.float(), *self.output)[:, : self.classes]
+        if self.quantized:
+            features = self.hidden(features) if self.form.layers == 3 else features
+            return self.form.logits(features, images)
+        if self.connected:
+            features = F.relu_(F.linear(features, *self.connected))
+        return self.output(features)
 
     def features(self, images: Tensor) -> Tensor:
         """What the fully connected layers get, (B, 49 * channels), the channels last."""
         check_shape(images)
-        images = ramp(images.float(), self.folded.thresholds).contiguous()
-        shape = len(images), 49 * self.channels[1]
-        features = images.new_empty(shape, dtype=self.folded.dtype)
+        images = ramp(images.float(), self.form.thresholds).contiguous()
+        features = images.new_empty((len(images), 49 * self.widths[1]), dtype=self.dtype)
         # Of each call its own, so that threads can share the network.
         scratch = images.new_zeros(self.scratch, dtype=torch.uint8)
-        first, second = (
-            (kernel.data_ptr(), bias.data_ptr(), count)
-            for kernel, bias, count in zip(self.kernels, self.biases, self.channels, strict=True)
-        )
-        batch = (images.data_ptr(), len(images), self.pooled)
-        self.library.features(*batch, *first, *second, scratch.data_ptr(), features.data_ptr())
+        layers = map(ctypes.byref, self.layers[:2])
+        batch = images.data_ptr(), len(images), self.pooled
+        self.library.features(*batch, *layers, scratch.data_ptr(), features.data_ptr())
         return features
 
+    def hidden(self, features: Tensor) -> Tensor:
+        """The hidden layer of integer features, float32 (B, width)."""
+        layer, (n, inputs) = self.layers[2], features.shape
+        out = features.new_empty((n, layer.width), dtype=torch.float32)
+        self.library.connected(features.data_ptr(), n, inputs, ctypes.byref(layer), out.data_ptr())
+        return out
 
-def _in_order(kernel: Tensor) -> Tensor:
-    """A kernel (channels, inputs, 5, 5) in the order in which `native.c` adds it up.
 
-    float32: (5, 5 * inputs, channels). bfloat16: (5, pairs, channels, 2), where the 5 * inputs
-    numbers of a row are filled up with a zero if they are odd.
+def _rows(kernel: Tensor) -> Tensor:
+    """A kernel (channels, inputs, 5, 5) as (5, 5 * inputs, channels)."""
+    return kernel.permute(2, 3, 1, 0).flatten(1, 2)
+
+
+def _in_order(rows: Tensor, lanes: int) -> Tensor:
+    """A kernel (rows, numbers, channels) in the order in which `native.c` adds it up.
+
+    (groups, rows, numbers, channels of a group), a group being two vectors of channels, or one.
+    Numbers of 16 bits go by two, (groups, rows, pairs, channels of a group, 2), a row filled up
+    with a zero if they are odd.
     """
-    rows = kernel.permute(2, 3, 1, 0).flatten(1, 2)
-    if kernel.dtype == torch.float32:
-        return rows.contiguous()
-    rows = F.pad(rows, (0, 0, 0, rows.shape[1] % 2))
-    return rows.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+    group = lanes if rows.shape[2] % (2 * lanes) else 2 * lanes
+    if rows.dtype != torch.float32:
+        rows = F.pad(rows, (0, 0, 0, rows.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+    return rows.unflatten(2, (-1, group)).movedim(2, 0).contiguous()
 
 
 def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn.Module:
@@ -94,24 +127,27 @@ def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn
 
     Args:
         network: a ConvNN.
-        precision: "float32" or "bfloat16".
+        precision: one of PRECISIONS.
         often: it will cast enough votes to make up for the time that preparing it takes.
     """
-    folded = network.inference_form(precision)
-    if folded.kernel1.device.type != "cpu":
-        return folded
+    form = network.inference_form(precision)
+    if form.kernel1.device.type != "cpu":
+        return form
     # Not a matter of `often`: an image's votes must be the same whatever else is asked.
     library = compiled(precision)
-    if library and _suits(library, folded):
-        return NativeConvNN(folded, library).eval()
-    return as_one_call(folded) if often else folded
+    if library and _suits(library, form):
+        return NativeConvNN(form, library).eval()
+    return as_one_call(form) if often and isinstance(form, FoldedConvNN) else form
 
 
-def _suits(library: ctypes.CDLL, folded: FoldedConvNN) -> bool:
+def _suits(library: ctypes.CDLL, form: nn.Module) -> bool:
     """Whether the channels fill the vectors, and torch has no faster units than these."""
-    if folded.dtype == torch.bfloat16 and library.matrix_units():
+    if form.dtype == torch.bfloat16 and library.matrix_units():
         return False
-    return not any(len(k) % library.lanes() for k in (folded.kernel1, folded.kernel2))
+    widths = [len(form.kernel1), len(form.kernel2)]
+    if isinstance(form, QuantizedConvNN) and form.layers == 3:
+        widths.append(len(form.kernel3))
+    return not any(width % library.lanes() for width in widths)
 
 
 def form_name(network: nn.Module, precision: str) -> str:
@@ -126,8 +162,8 @@ def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
 
     None where there is none. It takes half a second, once a process. CC=none does without.
     """
-    if precision == "bfloat16":
-        flags += ("-DBFLOAT16",)
+    if precision != "float32":
+        flags += (f"-D{precision.upper()}",)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             target = Path(folder) / "native.so"
@@ -135,11 +171,11 @@ def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
             command += [*_FLAGS, *flags, str(_SOURCE), "-o", str(target)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             library = ctypes.CDLL(str(target))
-        pointer, layer = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-        batch = [pointer, ctypes.c_int, ctypes.c_int]
+        pointer, layer, number = ctypes.c_void_p, ctypes.POINTER(_Layer), ctypes.c_int
         library.scratch_size.restype = ctypes.c_size_t
-        library.features.restype = None
-        library.features.argtypes = [*batch, *layer, *layer, pointer, pointer]
+        library.features.argtypes = [pointer, number, number, layer, layer, pointer, pointer]
+        library.connected.argtypes = [pointer, number, number, layer, pointer]
+        library.features.restype = library.connected.restype = None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
         # No compiler, or one that does not make this library of C.
         return None
@@ -149,17 +185,21 @@ def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
 def fastest_precision(network: nn.Module, *, seconds: float = 0.05, margin: float = 1.15) -> str:
     """The precision in which `network` evaluates fastest where it is, measured.
 
-    bfloat16 is several times as fast on processors and GPUs with units for it, and many times
-    slower on others; nothing in between was met, so `margin` keeps the answer the same from call
-    to call.
+    bfloat16 is several times as fast on processors and GPUs with units for it and many times
+    slower on others, where int16 is well ahead of float32 if there is a compiler. `margin` keeps
+    the answer the same from call to call.
 
     Args:
         network: a ConvNN on the device to measure.
         seconds: to spend on each precision, about.
-        margin: bfloat16 must be so many times as fast as float32 to be chosen.
+        margin: bfloat16 must be so many times as fast as float32 to be chosen, and int16 as the
+            faster of the two.
     """
     images = next(network.parameters()).new_zeros(128, 1, 28, 28)
-    forms = {name: voting_form(network, name, often=False) for name in PRECISIONS}
+    forms = {name: voting_form(network, name, often=False) for name in FLOATS}
+    integers = voting_form(network, "int16", often=False)
+    # Without its convolutions in C it is for checks.
+    forms |= {"int16": integers} if isinstance(integers, NativeConvNN) else {}
     threads = torch.get_num_threads()
     try:
         # As they will vote: each on a core of its own.
@@ -167,7 +207,10 @@ def fastest_precision(network: nn.Module, *, seconds: float = 0.05, margin: floa
         rates = {name: _rate(form, images, seconds) for name, form in forms.items()}
     finally:
         torch.set_num_threads(threads)
-    return "bfloat16" if rates["bfloat16"] > margin * rates["float32"] else "float32"
+    best = "float32"
+    for name, rate in rates.items():
+        best = name if rate > margin * rates[best] else best
+    return best
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from src import distributed
 from src.checks import check_count, check_number
 from src.convnn import evaluation_form
-from src.folded import check_precision
+from src.folded import FLOATS, check_precision
 from src.models import SmoothClassifier
 from src.optimisation import average_weights, shuffled, updater
 from src.utils import subset
@@ -114,7 +114,7 @@ def train_model(
         RuntimeError: if the loss is no longer finite.
     """
     _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, shift, averaging)
-    check_precision(precision)
+    check_precision(precision, FLOATS)
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))

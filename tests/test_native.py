@@ -9,9 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.folded import ramp
+from src.folded import PRECISIONS, ramp
 from src.models import ConvNN, SmoothClassifier
-from src.native import NativeConvNN, _suits, compiled, form_name, voting_form
+from src.native import (
+    NativeConvNN,
+    _suits,
+    compiled,
+    fastest_precision,
+    form_name,
+    voting_form,
+)
 
 # Where there is no compiler, the project does without these convolutions as well.
 COMPILER = shlex.split(os.environ.get("CC", "cc"))[0]
@@ -20,7 +27,7 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="there is
 SHAPES = [
     {"channels": (8, 24)},
     {"channels": (16, 32)},
-    {"channels": (32, 48), "hidden": 20},
+    {"channels": (32, 48), "hidden": 48},
     {"channels": (16, 16), "pooled": True},
     {"channels": (32, 16), "pooled": True, "thresholds": (0.4, 0.6)},
 ]
@@ -45,8 +52,12 @@ def trained(seed=0, **options):
     return network
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def images_of(count):
-    return 2 * torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(1)) - 0.5
+    return 2 * torch.rand(count, 1, 28, 28, generator=seeded(1)) - 0.5
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -54,26 +65,44 @@ def options_and_lanes(request):
     return request.param
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=PRECISIONS)
 def case(request, options_and_lanes):
-    """(a network folded, its form in C)."""
+    """(the form of a network through torch, its form in C)."""
     lanes, options = options_and_lanes
     library = compiled(request.param, f"-DLANES={lanes}")
     assert library.lanes() == lanes
-    folded = trained(**options).inference_form(request.param)
-    return folded, NativeConvNN(folded, library)
+    form = trained(**options).inference_form(request.param)
+    return form, NativeConvNN(form, library)
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 8, 17])
 def test_it_is_the_function_of_the_network(case, count):
-    folded, form = case
+    through_torch, form = case
     images = images_of(count)
     # bfloat16 keeps 8 bits; sums in another order may be rounded the other way, twice.
-    rounding = 1e-5 if folded.dtype == torch.float32 else 2**-7
+    rounding = 2**-7 if through_torch.dtype == torch.bfloat16 else 1e-5
     with torch.no_grad():
-        expected = folded(images)
+        expected = through_torch(images)
         tolerance = rounding * expected.abs().max().item()
         torch.testing.assert_close(form(images), expected, rtol=rounding, atol=tolerance)
+
+
+def test_integers_are_the_same_to_the_bit(options_and_lanes):
+    lanes, options = options_and_lanes
+    through_torch = trained(**options).inference_form("int16")
+    form = NativeConvNN(through_torch, compiled("int16", f"-DLANES={lanes}"))
+    # Noise far outside of the pixels, some of it beyond what an integer stands for.
+    images = images_of(13) + 4 * torch.randn(13, 1, 28, 28, generator=seeded(2))
+    images[0] *= 1e4
+    images[1, 0, 3, 3] = float("inf")
+    # The largest sum that there is: every pixel as far as it counts, on the side of its weight.
+    images[2, 0, 12:17, 12:17] = 100 * through_torch.kernel1[0, 0].sign()
+    features = through_torch.features(images)
+    assert features.dtype == torch.int16
+    assert features.float().std() > 10
+    assert torch.equal(form.features(images), features)
+    if options.get("hidden"):
+        assert torch.equal(form.hidden(features), through_torch.hidden(features))
 
 
 def test_bfloat16_rounds_as_it_should(options_and_lanes):
@@ -140,8 +169,38 @@ def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch
     assert (with_it.top_count - without_it.top_count).abs().max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ((1, 0.1, 1.4), "int16"),
+        ((1, 0.1, 1.1), "float32"),
+        ((1, 3, 3.2), "bfloat16"),
+        ((1, 3, 4), "int16"),
+        ((1, 1.1, 1.2), "int16"),
+    ],
+)
+def test_the_fastest_precision_is_clearly_faster(speeds, expected, monkeypatch):
+    rates = iter(speeds)
+    monkeypatch.setattr("src.native._rate", lambda form, images, seconds: next(rates))
+    assert fastest_precision(trained()) == expected
+
+
+def test_integers_cast_the_same_votes_without_a_compiler(monkeypatch):
+    smooth = SmoothClassifier(trained(hidden=16), 1.0, precision="int16")
+    images, votes = images_of(2).clamp(0, 1), []
+    for library in (compiled("int16"), None):
+        monkeypatch.setattr("src.native.compiled", lambda precision, library=library: library)
+        votes.append(smooth.certify(images, n0=100, n=2000, alpha=0.05))
+    assert all(map(torch.equal, *votes))
+    assert votes[0].top_count.min() > 500
+
+
 def test_widths_that_do_not_fill_the_vectors_are_left_to_torch():
     assert not isinstance(voting_form(trained(channels=(16, 20)), "float32"), NativeConvNN)
+    # A hidden layer is computed in C in integers only.
+    for precision, native in (("float32", True), ("int16", False)):
+        form = voting_form(trained(hidden=20), precision)
+        assert isinstance(form, NativeConvNN) == native
 
 
 def test_bfloat16_is_left_to_faster_units_of_the_processor():

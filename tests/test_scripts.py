@@ -148,6 +148,10 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
     for other, was in (("--sigma=1", r"sigma = 0\.5"), ("--hidden=9", "hidden = None")):
         with pytest.raises(ValueError, match=f"was trained with {was}, which is not what"):
             main_random_smoothing.main(["--quick", "--resume", other])
+    # The checkpoint fits other votes, the rows do not.
+    with pytest.raises(ValueError, match="precision"):
+        main_random_smoothing.main(["--quick", "--resume", "--votes=int16"])
+    assert (tmp_path / rows).read_bytes() == whole
 
 
 def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root):
@@ -177,7 +181,7 @@ def test_a_resumed_run_keeps_the_precision_of_its_rows(finished, monkeypatch, ca
     monkeypatch.chdir(finished)
     path = finished / "results" / "certificates_smoothed.csv"
     before, stored = path.read_bytes(), main_compare.recorded_precision("results", "smoothed")
-    other = {"float32": "bfloat16", "bfloat16": "float32"}[stored]
+    other = "float32" if stored == "bfloat16" else "bfloat16"
     monkeypatch.setattr(main_compare, "fastest_precision", lambda network: other)
     main_compare.main(["--quick", "--resume"])
     assert path.read_bytes() == before

@@ -1,0 +1,122 @@
+"""ConvNN in integers of 16 bits: the same features, to the bit, on every processor."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.checks import check_shape
+from src.folded import FoldedConvNN, VotingOutput, ramp
+
+# Pixels are counted in steps of 1 / UNIT, up to 16, which noise of sigma = 2 reaches once in 1e13.
+UNIT = 2048
+PIXEL_LIMIT = 2**15 - 1
+# Features are counted in as many steps as reach SPREAD standard deviations of their normalisation
+# above the mean. Larger ones are cut.
+SPREAD = 32
+FEATURE_LIMIT = 2**13 - 1
+WEIGHT_LIMIT = 2**15 - 1
+
+
+class QuantizedConvNN(nn.Module):
+    """A ConvNN for evaluation, its convolutions and hidden layer in integers of 16 bits.
+
+    Pixels and features are rounded to integers, and the weights of every channel, scaled to the
+    largest integers of 16 bits with which no sum of products can leave 32 bits. Sums are exact, so
+    nothing depends on who adds them up. An MNIST network keeps 9 to 12 bits of its weights and
+    features, where bfloat16 keeps 8. The output layer is in float32. `native.c` computes the same
+    (with the limits above); this form, in float64, needs no compiler and is slow.
+
+    Args:
+        network: a ConvNN.
+
+    Raises:
+        ValueError: if a weight is not finite, and on MPS, which has no float64.
+    """
+
+    dtype = torch.int16
+
+    @torch.no_grad()
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        if not all(values.isfinite().all() for values in network.state_dict().values()):
+            raise ValueError("A weight is not finite: 'int16' has no integer for it.")
+        if network.output.weight.device.type == "mps":
+            raise ValueError("MPS has no float64, which 'int16' needs there; use 'float32'.")
+        folded = FoldedConvNN(network, "float32")
+        # A copy, whose mode can change without that of the network.
+        self.thresholds, self.halve = network.thresholds, copy.copy(network.halve)
+        self.stride = folded.stride
+        units = [_unit(norm) for norm in (network.norm1, network.norm2)]
+        *hidden, weight, bias = folded.connected
+        layers = [
+            _layer(folded.kernel1, folded.bias1, PIXEL_LIMIT, UNIT, units[0]),
+            _layer(folded.kernel2, folded.bias2, FEATURE_LIMIT, *units),
+        ]
+        if hidden:
+            layers.append(_layer(*hidden, FEATURE_LIMIT, units[1], 1.0))
+        self.layers = len(layers)
+        self.output = VotingOutput(weight if hidden else weight / units[1], bias)
+        for number, layer in enumerate(layers, 1):
+            for name, values in zip(("kernel", "bias", "scale"), layer, strict=True):
+                self.register_buffer(f"{name}{number}", values)
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Kernel, biases and scales: an output is (bias + sum) * scale."""
+        return tuple(getattr(self, f"{name}{number}") for name in ("kernel", "bias", "scale"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        if self.layers == 3:
+            features = self.hidden(features)
+        return self.logits(features, images)
+
+    def logits(self, features: Tensor, images: Tensor) -> Tensor:
+        """Of the last features; NaN for an image with a NaN, which has no integer."""
+        unknown = images.flatten(1).amax(1).isnan()[:, None]
+        return self.output(features).masked_fill_(unknown, torch.nan)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the fully connected layers get, int16 (B, 49 * channels), the channels last."""
+        check_shape(images)
+        pixels = ramp(images.float(), self.thresholds) * UNIT
+        values = pixels.nan_to_num(0).round().clamp(-PIXEL_LIMIT, PIXEL_LIMIT)
+        for number in (1, 2):
+            kernel, bias, scale = self.layer(number)
+            sums = F.conv2d(values.double(), kernel.double(), None, self.stride, padding=2)
+            total = (bias[:, None, None] + sums.float()) * scale[:, None, None]
+            values = self.halve(total.round().clamp(0, FEATURE_LIMIT))
+        return values.permute(0, 2, 3, 1).flatten(1).to(self.dtype)
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """The hidden layer of int16 features, float32 (B, width)."""
+        kernel, bias, scale = self.layer(3)
+        sums = F.linear(features.double(), kernel.double())
+        return ((bias + sums.float()) * scale).relu()
+
+
+def _unit(norm: nn.BatchNorm2d) -> float:
+    """Steps in which the features after a normalisation are counted."""
+    largest = (norm.bias + SPREAD * norm.weight.abs()).max().item()
+    return FEATURE_LIMIT / max(largest, 1e-6)
+
+
+def _layer(weights: Tensor, bias: Tensor, limit: int, unit: float, out: float) -> tuple:
+    """Weights int16 like `weights`, biases and scales, float32 (C,).
+
+    Args:
+        weights: (C, ...), float32.
+        bias: (C,).
+        limit: of the inputs.
+        unit: steps in which the inputs are counted.
+        out: steps in which the outputs are to be counted.
+    """
+    rows = weights.double().flatten(1)
+    # What rounding adds, half a step a weight at most, must fit as well.
+    room = (2**31 - 1) // limit - rows.shape[1] / 2
+    steps = (room / rows.abs().sum(1)).minimum(WEIGHT_LIMIT / rows.abs().amax(1))
+    # A channel without weights may count as it likes.
+    steps = steps.where(steps.isfinite(), torch.ones_like(steps))
+    kernel = (rows * steps[:, None]).round().to(torch.int16).view(weights.shape)
+    return kernel, (bias.double() * unit * steps).float(), (out / (unit * steps)).float()

@@ -1,0 +1,98 @@
+"""ConvNN in integers: near the network, never out of 32 bits, nothing lost in silence."""
+
+import pytest
+import torch
+
+from src.models import ConvNN, SmoothClassifier
+from src.quantized import FEATURE_LIMIT, PIXEL_LIMIT, QuantizedConvNN
+from tests.test_native import images_of, trained
+
+SHAPES = [
+    {},
+    {"channels": (3, 5), "hidden": 6},
+    {"channels": (64, 128), "hidden": 32},
+    {"channels": (4, 8), "pooled": True, "thresholds": (0.4, 0.6)},
+]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def network(request):
+    return trained(**request.param)
+
+
+def test_it_is_as_near_to_the_network_as_bfloat16(network):
+    images = images_of(50)
+    with torch.no_grad():
+        exact = network(images)
+        errors = {
+            name: (network.inference_form(name)(images) - exact).square().mean().sqrt().item()
+            for name in ("int16", "bfloat16")
+        }
+    assert 0 < errors["int16"] < 1.3 * errors["bfloat16"]
+    assert errors["int16"] < 0.01 * exact.std().item()
+
+
+def test_no_sum_can_leave_32_bits_and_none_wastes_them(network):
+    form = network.inference_form("int16")
+    for number in range(1, form.layers + 1):
+        kernel = form.layer(number)[0].long().flatten(1)
+        limit = PIXEL_LIMIT if number == 1 else FEATURE_LIMIT
+        largest = limit * kernel.abs().sum(1)
+        assert largest.max() < 2**31
+        # Either the sum or a weight is nearly as large as it may be.
+        near = (largest > 0.95 * 2**31) | (kernel.abs().amax(1) > 0.99 * 2**15)
+        assert near.all()
+
+
+def test_pixels_beyond_sixteen_are_cut(network):
+    # With a ramp nothing is beyond: its own ends cut first.
+    images = images_of(4)
+    images[:, 0, 5:9, 5:9] = 15.9999
+    further = images.clone()
+    further[:, 0, 5:9, 5:9] = 1e6
+    form = network.inference_form("int16")
+    assert torch.equal(form.features(images), form.features(further))
+
+
+def test_an_image_with_a_nan_has_no_logits_and_no_vote(network):
+    images = images_of(3)
+    images[1, 0, 2, 2] = float("nan")
+    logits = network.inference_form("int16")(images)
+    assert logits[1].isnan().all()
+    assert logits[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_without_an_integer_are_refused(value):
+    network = trained()
+    network.conv2.weight.data[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="not finite"):
+        QuantizedConvNN(network)
+
+
+def test_channels_without_weights_have_their_biases():
+    network = trained(channels=(4, 4))
+    network.conv1.weight.data[1] = 0
+    network.conv2.weight.data[:] = 0
+    images = images_of(5)
+    with torch.no_grad():
+        found, expected = network.inference_form("int16")(images), network(images)
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+def test_a_certificate_in_integers_is_about_the_same_probability():
+    smooth = {
+        name: SmoothClassifier(trained(hidden=16), 1.0, precision=name)
+        for name in ("float32", "int16")
+    }
+    images = images_of(2).clamp(0, 1)
+    counts = [s.certify(images, 100, 4000, 0.05).top_count for s in smooth.values()]
+    # The same noise: rounding moves one vote in some hundred.
+    assert (counts[0] - counts[1]).abs().max() < 40
+
+
+def test_it_follows_the_mode_of_nobody():
+    network = ConvNN((2, 2), pooled=True).train()
+    form = network.inference_form("int16").eval()
+    assert network.training
+    assert form.halve is not network.halve
