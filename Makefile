@@ -29,19 +29,26 @@ test: $(VENV)/ready-to-test
 
 # One that was stopped while it certified goes on with its own command and --resume.
 REFERENCE := --models reference/models --results reference/results
-BEST := --method smoothadv-consistency --hidden 256 --learning-rate 0.005 --shift 0
+SMOOTHING := $(BIN)/python main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 0 \
+  --every 20 --n 100000 $(REFERENCE)
+ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 
 reference: $(VENV)/ready
 	$(BIN)/python -m src.mnist_files
 	for recipe in "0.25 40" "0.50 65" "1.00 65"; do \
 	  set -- $$recipe; \
-	  $(BIN)/python main_random_smoothing.py --sigma $$1 --epochs $$2 $(BEST) --every 20 \
-	    --n 100000 --name smoothing_best_$$1 $(REFERENCE) || exit 1; \
+	  $(SMOOTHING) --sigma $$1 --epochs $$2 --method smoothadv-consistency \
+	    --name smoothing_best_$$1 || exit 1; \
+	  $(SMOOTHING) --sigma $$1 --epochs 100 --votes $$(test $$1 = 1.00 && echo float32 || echo int16) \
+	    --name smoothing_gaussian_$$1 || exit 1; \
 	done
 	for seed in 0 1 2; do \
-	  name=adversarial_single_step; test $$seed = 0 || name=$${name}_seed$$seed; \
-	  $(BIN)/python main_adv_training.py --seed $$seed --name $$name $(REFERENCE) || exit 1; \
+	  of=; test $$seed = 0 || of=_seed$$seed; \
+	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
+	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of --attack pgd --steps 5 \
+	    --hidden 512 --shift 1 --epochs 16 || exit 1; \
 	done
+	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 5 --hidden 512 --epochs 16
 	$(BIN)/python -m benchmarks.published
 	$(BIN)/python -m benchmarks.robust_models
 

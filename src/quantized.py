@@ -24,9 +24,10 @@ class QuantizedConvNN(nn.Module):
 
     Pixels and features are rounded to integers, and the weights of every channel, scaled to the
     largest integers of 16 bits with which no sum of products can leave 32 bits. Sums are exact, so
-    nothing depends on who adds them up. An MNIST network keeps 9 to 12 bits of its weights and
-    features, where bfloat16 keeps 8. The output layer is in float32. `native.c` computes the same
-    (with the limits above); this form, in float64, needs no compiler and is slow.
+    nothing depends on who adds them up. Half a step is 0.02 to 0.3 % of the mean weight of a layer
+    of 25 to 1,568 inputs, and 0.2 % of a feature's standard deviation; bfloat16 rounds by up to
+    0.4 %. The output layer is in float32. `native.c` computes the same, with the limits above; this
+    form, in float64, needs no compiler and is slow.
 
     Args:
         network: a ConvNN.
