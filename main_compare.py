@@ -48,7 +48,7 @@ def main(argv=None):
         precision = from_main(
             lambda: (
                 (resume and recorded_precision(results, "standard", shard))
-                or fastest_precision(models["smoothed"])
+                or fastest_precision(models["smoothed"], *models.values())
             )
         )
     facts = provenance(Path(__file__).stem, args, argv)

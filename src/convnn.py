@@ -96,7 +96,7 @@ class ConvNN(nn.Module):
                 has no gradients.
 
         Raises:
-            ValueError: for another precision.
+            ValueError: for another precision, and where `QuantizedConvNN` does.
         """
         check_precision(precision)
         return QuantizedConvNN(self) if precision == "int16" else FoldedConvNN(self, precision)

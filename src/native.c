@@ -142,11 +142,12 @@ size_t scratch_size(int pooled, int first, int second)
 void features(const float *images, int n, int pooled, const struct layer *layer1,
               const struct layer *layer2, number *scratch, number *out)
 {
-    /* PIXELS images at once fill all tiles and stay in the second-level cache. */
+    /* PIXELS images at once fill the tiles and stay in the second-level cache. */
     int group = pooled ? 1 : PIXELS, half = SIDE / 2, padded = SIDE + 2 * MARGIN;
     int first = layer1->width, second = layer2->width;
     size_t inner = (size_t)(half + 2 * MARGIN) * (half + 2 * MARGIN) * first;
-    /* A run that was filled up ends, beyond its image, in the zeros of the next margin. */
+    /* A run that was filled up ends, with a weight of zero, in the number after it, which at the end
+       of a row is in the margin of the next row or image. */
     number *outer = scratch, *middle = outer + group * padded * padded;
     number *whole = middle + group * inner;
     for (int start = 0; start < n; start += group) {

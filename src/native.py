@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from src.checks import check_shape
 from src.folded import FLOATS, FoldedConvNN, VotingOutput, as_one_call, ramp
-from src.quantized import QuantizedConvNN
+from src.quantized import QuantizedConvNN, is_finite
 
 _SOURCE = Path(__file__).with_suffix(".c")
 # Making one call of a network by TorchScript takes about as long as a few thousand votes.
@@ -87,6 +88,8 @@ class NativeConvNN(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the fully connected layers get, (B, 49 * channels), the channels last."""
         check_shape(images)
+        if images.device.type != "cpu":
+            raise ValueError(f"'images' are on {images.device}; this form takes them on the CPU.")
         images = ramp(images.float(), self.form.thresholds).contiguous()
         features = images.new_empty((len(images), 49 * self.widths[1]), dtype=self.dtype)
         # Of each call its own, so that threads can share the network.
@@ -131,23 +134,29 @@ def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn
         often: it will cast enough votes to make up for the time that preparing it takes.
     """
     form = network.inference_form(precision)
-    if form.kernel1.device.type != "cpu":
-        return form
     # Not a matter of `often`: an image's votes must be the same whatever else is asked.
-    library = compiled(precision)
-    if library and _suits(library, form):
+    library = _library(network, precision)
+    if library:
         return NativeConvNN(form, library).eval()
-    return as_one_call(form) if often and isinstance(form, FoldedConvNN) else form
+    if precision == "int16":
+        warnings.warn("'int16' goes through float64 here, which is slow.", stacklevel=2)
+        return form
+    on_cpu = network.output.weight.device.type == "cpu"
+    return as_one_call(form) if often and on_cpu else form
 
 
-def _suits(library: ctypes.CDLL, form: nn.Module) -> bool:
-    """Whether the channels fill the vectors, and torch has no faster units than these."""
-    if form.dtype == torch.bfloat16 and library.matrix_units():
-        return False
-    widths = [len(form.kernel1), len(form.kernel2)]
-    if isinstance(form, QuantizedConvNN) and form.layers == 3:
-        widths.append(len(form.kernel3))
-    return not any(width % library.lanes() for width in widths)
+def _library(network: nn.Module, precision: str) -> ctypes.CDLL | None:
+    """The compiled library for a network that is on the CPU and whose layers fill the vectors.
+
+    None for another, and where torch has faster units for a precision than these vectors.
+    """
+    library = compiled(precision) if network.output.weight.device.type == "cpu" else None
+    if library is None or (precision == "bfloat16" and library.matrix_units()):
+        return None
+    widths = [network.conv1.out_channels, network.conv2.out_channels]
+    if precision == "int16" and network.hidden is not None:
+        widths.append(network.hidden.out_features)
+    return None if any(width % library.lanes() for width in widths) else library
 
 
 def form_name(network: nn.Module, precision: str) -> str:
@@ -160,7 +169,7 @@ def form_name(network: nn.Module, precision: str) -> str:
 def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
     """The library of `native.c` for a precision, made by the compiler `cc` (or CC).
 
-    None where there is none. It takes half a second, once a process. CC=none does without.
+    None where there is none. It takes a second or less, once a process. CC=none does without.
     """
     if precision != "float32":
         flags += (f"-D{precision.upper()}",)
@@ -182,29 +191,34 @@ def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
     return library
 
 
-def fastest_precision(network: nn.Module, *, seconds: float = 0.05, margin: float = 1.15) -> str:
+def fastest_precision(
+    network: nn.Module, *others: nn.Module, seconds: float = 0.05, margin: float = 1.15
+) -> str:
     """The precision in which `network` evaluates fastest where it is, measured.
 
     bfloat16 is several times as fast on processors and GPUs with units for it and many times
-    slower on others, where int16 is well ahead of float32 if there is a compiler. `margin` keeps
-    the answer the same from call to call.
+    slower on others, where int16 is ahead of float32 if there is a compiler. Short turns, of which
+    the fastest counts, and `margin` make it likely that another call answers the same.
 
     Args:
         network: a ConvNN on the device to measure.
+        others: that are to vote in the same precision: int16 only if all of them can in C.
         seconds: to spend on each precision, about.
-        margin: bfloat16 must be so many times as fast as float32 to be chosen, and int16 as the
-            faster of the two.
+        margin: bfloat16 must be so many times as fast as float32 to be chosen, and int16 as the one
+            chosen so far.
     """
     images = next(network.parameters()).new_zeros(128, 1, 28, 28)
     forms = {name: voting_form(network, name, often=False) for name in FLOATS}
-    integers = voting_form(network, "int16", often=False)
-    # Without its convolutions in C it is for checks.
-    forms |= {"int16": integers} if isinstance(integers, NativeConvNN) else {}
-    threads = torch.get_num_threads()
+    if all(_library(each, "int16") and is_finite(each) for each in (network, *others)):
+        forms["int16"] = voting_form(network, "int16", often=False)
+    threads, turns = torch.get_num_threads(), 5
+    rates = dict.fromkeys(forms, 0.0)
     try:
         # As they will vote: each on a core of its own.
         torch.set_num_threads(1)
-        rates = {name: _rate(form, images, seconds) for name, form in forms.items()}
+        for _ in range(turns):
+            for name, form in forms.items():
+                rates[name] = max(rates[name], _rate(form, images, seconds / turns))
     finally:
         torch.set_num_threads(threads)
     best = "float32"

@@ -4,7 +4,7 @@
    begun        the sum with which to begin, given the biases
    add_product  a sum plus PAIR numbers of a pixel times the kernels of LANES channels
    finished     the sum with the biases, as the next layer counts
-   store        values as the nearest numbers, ties to even; a NaN stays one, except as an integer
+   store        values as the nearest numbers, ties to even; a NaN stays one, as an integer 0
    widened      a number as a float */
 
 #if defined(__AVX2__)
@@ -22,6 +22,7 @@
 /* Vectors of LANES floats or integers, read wherever their numbers lie. */
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef unsigned words __attribute__((vector_size(4 * LANES), may_alias));
 /* A compiler that passes over the attribute would compute something else. */
 _Static_assert(sizeof(vector) == 4 * LANES, "no vectors");
 
@@ -43,7 +44,8 @@ static inline sums add_product(sums sum, const number *pixel, bits kernel)
 #if LANES == 16 && defined(__AVX512BF16__)
     return (sums)_mm512_dpbf16_ps((__m512)sum, (__m512bh)two, (__m512bh)kernel);
 #else
-    /* The instruction above takes numbers below 2^-126 for zero; here they count. */
+    /* The instruction above takes numbers below 2^-126 for zero; here they count. It also adds the
+       second product first. */
     bits upper = (bits){0} - 65536;
     sum += (vector)(two << 16) * (vector)(kernel << 16);
     return sum + (vector)(two & upper) * (vector)(kernel & upper);
@@ -61,8 +63,8 @@ static inline vector finished(sums sum, const float *bias, const float *scale)
 static inline void store(number *to, vector values, int limit)
 {
     (void)limit;
-    bits exact = (bits)values, even = (exact >> 16) & 1, nan = (bits)(values != values);
-    bits rounded = ((exact + 32767 + even) >> 16 & ~nan) | ((exact >> 16 | 64) & nan);
+    words exact = (words)values, even = (exact >> 16) & 1, nan = (words)(values != values);
+    words rounded = ((exact + 32767 + even) >> 16 & ~nan) | ((exact >> 16 | 64) & nan);
     *(shorts *)to = __builtin_convertvector(rounded, shorts);
 }
 
@@ -73,6 +75,9 @@ static inline float widened(number value)
 }
 
 #elif defined(INT16)
+
+/* Which half of 32 bits is the first of two numbers. */
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the last byte is not the highest");
 
 typedef short number;
 typedef bits sums;
@@ -101,6 +106,7 @@ static inline vector finished(sums sum, const float *bias, const float *scale)
 
 static inline void store(number *to, vector values, int limit)
 {
+    values = (vector)((bits)values & (bits)(values == values));
     vector most = (vector){0} + (float)limit;
     bits over = (bits)(values > most), under = (bits)(values < -most);
     values = (vector)(((bits)values & ~over) | ((bits)most & over));

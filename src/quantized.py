@@ -25,15 +25,15 @@ class QuantizedConvNN(nn.Module):
     Pixels and features are rounded to integers, and the weights of every channel, scaled to the
     largest integers of 16 bits with which no sum of products can leave 32 bits. Sums are exact, so
     nothing depends on who adds them up. Half a step is 0.02 to 0.3 % of the mean weight of a layer
-    of 25 to 1,568 inputs, and 0.2 % of a feature's standard deviation; bfloat16 rounds by up to
-    0.4 %. The output layer is in float32. `native.c` computes the same, with the limits above; this
-    form, in float64, needs no compiler and is slow.
+    of 25 to 1,568 inputs, and 0.2 % of a feature's standard deviation where that is largest;
+    bfloat16 rounds by up to 0.4 %. The output layer is in float32. `native.c` computes the same,
+    with the limits above; this form, in float64, needs no compiler and is slow.
 
     Args:
         network: a ConvNN.
 
     Raises:
-        ValueError: if a weight is not finite, and on MPS, which has no float64.
+        ValueError: if a weight is not finite or too large, and on MPS, which has no float64.
     """
 
     dtype = torch.int16
@@ -41,8 +41,6 @@ class QuantizedConvNN(nn.Module):
     @torch.no_grad()
     def __init__(self, network: nn.Module):
         super().__init__()
-        if not all(values.isfinite().all() for values in network.state_dict().values()):
-            raise ValueError("A weight is not finite: 'int16' has no integer for it.")
         if network.output.weight.device.type == "mps":
             raise ValueError("MPS has no float64, which 'int16' needs there; use 'float32'.")
         folded = FoldedConvNN(network, "float32")
@@ -57,6 +55,8 @@ class QuantizedConvNN(nn.Module):
         ]
         if hidden:
             layers.append(_layer(*hidden, FEATURE_LIMIT, units[1], 1.0))
+        if not (is_finite(network) and all(v.isfinite().all() for layer in layers for v in layer)):
+            raise ValueError("A weight is not finite, or much too large: 'int16' cannot hold it.")
         self.layers = len(layers)
         self.output = VotingOutput(weight if hidden else weight / units[1], bias)
         for number, layer in enumerate(layers, 1):
@@ -97,6 +97,11 @@ class QuantizedConvNN(nn.Module):
         return ((bias + sums.float()) * scale).relu()
 
 
+def is_finite(network: nn.Module) -> bool:
+    """Whether all weights and statistics of a network are finite."""
+    return all(values.isfinite().all() for values in network.state_dict().values())
+
+
 def _unit(norm: nn.BatchNorm2d) -> float:
     """Steps in which the features after a normalisation are counted."""
     largest = (norm.bias + SPREAD * norm.weight.abs()).max().item()
@@ -116,8 +121,10 @@ def _layer(weights: Tensor, bias: Tensor, limit: int, unit: float, out: float) -
     rows = weights.double().flatten(1)
     # What rounding adds, half a step a weight at most, must fit as well.
     room = (2**31 - 1) // limit - rows.shape[1] / 2
+    if room <= 0:
+        raise ValueError(f"A layer with {rows.shape[1]:,} inputs is too wide for 'int16'.")
     steps = (room / rows.abs().sum(1)).minimum(WEIGHT_LIMIT / rows.abs().amax(1))
-    # A channel without weights may count as it likes.
-    steps = steps.where(steps.isfinite(), torch.ones_like(steps))
+    # Of a channel with hardly any weights its biases must not become infinite.
+    steps = steps.nan_to_num(1.0, posinf=1e20).clamp(max=1e20)
     kernel = (rows * steps[:, None]).round().to(torch.int16).view(weights.shape)
     return kernel, (bias.double() * unit * steps).float(), (out / (unit * steps)).float()

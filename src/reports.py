@@ -154,9 +154,12 @@ def report_smoothing(
     few = spread(test, images)
     predictions = smooth.predict(few.tensors[0], n=1000, seed=seed)
     hits, abstained = predictions == few.tensors[1], predictions == ABSTAIN
+    base = smooth.base_classifier.inference_form(smooth.precision)
+    clean = accuracy(base, test)
+    noisy = accuracy(SmoothClassifier(base, smooth.sigma), test)
     lines = [
-        ("base, clean images", f"{len(test):,}", percent(accuracy(smooth.base_classifier, test))),
-        ("base, one noisy draw", f"{len(test):,}", percent(accuracy(smooth, test))),
+        (f"base, clean images, {smooth.precision}", f"{len(test):,}", percent(clean)),
+        (f"base, one noisy draw, {smooth.precision}", f"{len(test):,}", percent(noisy)),
         ("smoothed (n = 1,000)", f"{len(few):,}", percent(*proportion(hits))),
         ("abstentions", f"{len(few):,}", percent(*proportion(abstained))),
     ]
@@ -168,7 +171,7 @@ def report_smoothing(
         indices,
         lambda left: evaluate_robustness(smooth, test, **settings, indices=left),
         certificate_settings(smooth, test, **settings),
-        facts,
+        {**facts, "clean_accuracy": clean},
         resume=resume,
     )
     radii = [step * smooth.sigma / 2 for step in range(6)]

@@ -70,10 +70,13 @@ def test_weights_without_an_integer_are_refused(value):
         QuantizedConvNN(network)
 
 
-def test_channels_without_weights_have_their_biases():
-    network = trained(channels=(4, 4))
-    network.conv1.weight.data[1] = 0
-    network.conv2.weight.data[:] = 0
+@pytest.mark.parametrize("factor", [0, 1e-42, 1e-38, 1e-31, 1e-20])
+def test_channels_with_hardly_any_weights_have_their_biases(factor):
+    network = trained(channels=(4, 4), hidden=4)
+    network.norm1.bias.data[1] = 0.7
+    network.conv1.weight.data[1] *= factor
+    network.conv2.weight.data[2] *= factor
+    network.hidden.weight.data[3] *= factor
     images = images_of(5)
     with torch.no_grad():
         found, expected = network.inference_form("int16")(images), network(images)

@@ -182,7 +182,7 @@ def test_a_resumed_run_keeps_the_precision_of_its_rows(finished, monkeypatch, ca
     path = finished / "results" / "certificates_smoothed.csv"
     before, stored = path.read_bytes(), main_compare.recorded_precision("results", "smoothed")
     other = "float32" if stored == "bfloat16" else "bfloat16"
-    monkeypatch.setattr(main_compare, "fastest_precision", lambda network: other)
+    monkeypatch.setattr(main_compare, "fastest_precision", lambda *networks: other)
     main_compare.main(["--quick", "--resume"])
     assert path.read_bytes() == before
     assert f"in {stored}" in capsys.readouterr().out
