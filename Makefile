@@ -1,6 +1,6 @@
 # make run    the environment, MNIST and the four scripts, in order
 # make test   the environment, lint and tests
-# make reference  the committed models and their certificates again, three hours on two cores
+# make reference  the committed models and their certificates again, about five hours on two cores
 # PYTHON=     the interpreter that makes the environment (3.11 or newer)
 # TORCH_INDEX= an index of PyTorch builds to take torch and torchvision from (see README)
 
@@ -45,8 +45,8 @@ reference: $(VENV)/ready
 	for seed in 0 1 2; do \
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
-	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of --attack pgd --steps 5 \
-	    --hidden 512 --shift 1 --epochs 16 || exit 1; \
+	  test $$seed = 2 || $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
+	    --attack pgd --steps 5 --hidden 512 --shift 1 --epochs 16 || exit 1; \
 	done
 	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 5 --hidden 512 --epochs 16
 	$(BIN)/python -m benchmarks.published
