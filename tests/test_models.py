@@ -232,6 +232,7 @@ def test_another_precision_is_refused(network):
             call()
 
 
+@pytest.mark.filterwarnings("ignore:'int16' goes through float64")
 def test_votes_are_those_of_the_network_in_its_precision(network):
     # sigma = 2 leaves many votes close: rounding casts some of them differently.
     image, n = images_of(1)[0], 512
