@@ -52,14 +52,6 @@ static inline sums add_product(sums sum, const number *pixel, bits kernel)
 #endif
 }
 
-static inline sums begun(vector bias) { return bias; }
-
-static inline vector finished(sums sum, const float *bias, const float *scale)
-{
-    (void)bias, (void)scale;
-    return sum;
-}
-
 static inline void store(number *to, vector values, int limit)
 {
     (void)limit;
@@ -131,14 +123,6 @@ static inline sums add_product(sums sum, const number *pixel, bits kernel)
     return sum + *pixel * (vector)kernel;
 }
 
-static inline sums begun(vector bias) { return bias; }
-
-static inline vector finished(sums sum, const float *bias, const float *scale)
-{
-    (void)bias, (void)scale;
-    return sum;
-}
-
 static inline void store(number *to, vector values, int limit)
 {
     (void)limit;
@@ -146,5 +130,18 @@ static inline void store(number *to, vector values, int limit)
 }
 
 static inline float widened(number value) { return value; }
+
+#endif
+
+#ifndef INT16
+
+/* Floats begin with the biases, in the steps of the next layer. */
+static inline sums begun(vector bias) { return bias; }
+
+static inline vector finished(sums sum, const float *bias, const float *scale)
+{
+    (void)bias, (void)scale;
+    return sum;
+}
 
 #endif
