@@ -82,6 +82,7 @@ def train(images, held_out, args, device):
         learning_rate=args.learning_rate,
         shift=args.shift,
         precision=args.precision,
+        optimizer=args.optimizer,
         seed=args.seed,
         loss_schedule=ramped_adversarial_loss(attack, args.epsilon, loss=loss),
         watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),

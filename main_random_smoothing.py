@@ -21,7 +21,7 @@ from src.utils import get_device, load_training_data, seed_everything
 NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
-TRAINING += ("channels", "hidden", "held_out", "precision", "quick")
+TRAINING += ("channels", "hidden", "held_out", "precision", "optimizer", "quick")
 
 
 def main(argv=None):
@@ -70,7 +70,8 @@ def trained(path, args, device):
         ValueError: if it was trained with other options.
     """
     network = load_checkpoint(path, device)
-    was, now = network.facts.get("options", {}), vars(args)
+    # Older checkpoints know of no other optimizer.
+    was, now = {"optimizer": "adamw"} | network.facts.get("options", {}), vars(args)
     different = [name for name in TRAINING if was.get(name) != now[name]]
     if different:
         trained_with = ", ".join(f"{name} = {was.get(name)}" for name in different)
@@ -99,6 +100,7 @@ def train(images, held_out, args, device):
         learning_rate=args.learning_rate,
         shift=args.shift,
         precision=args.precision,
+        optimizer=args.optimizer,
         seed=args.seed,
         # One noisy draw per image: what the smoothed classifier averages over.
         watch=lambda model: {"clean": accuracy(model, held_out)},

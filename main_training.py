@@ -36,6 +36,7 @@ def main(argv=None):
         learning_rate=args.learning_rate,
         shift=args.shift,
         precision=args.precision,
+        optimizer=args.optimizer,
         seed=args.seed,
         watch=lambda model: {"clean": accuracy(model, held_out)},
     )

@@ -15,6 +15,7 @@ import torch
 from src.distributed import process_group, report_failure
 from src.files import check_writable
 from src.folded import FLOATS
+from src.optimisation import OPTIMIZERS
 from src.utils import get_device
 
 
@@ -88,6 +89,12 @@ def training_options(
         choices=FLOATS,
         default="float32",
         help="of training; bfloat16 is faster on processors and GPUs with units for it only",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon learns more from as many epochs of long training",
     )
     parser.add_argument(
         "--held-out", type=count(), default=5000, help="training images kept aside for choices"

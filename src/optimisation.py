@@ -8,33 +8,50 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src import distributed
+from src.muon import Muon
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 def updater(
-    model: nn.Module, updates: int, learning_rate: float, weight_decay: float, precision: str
+    model: nn.Module,
+    updates: int,
+    learning_rate: float,
+    weight_decay: float,
+    precision: str,
+    optimizer: str,
 ) -> Callable[..., Tensor]:
     """A function (loss, images, labels) that updates the model once; gives [loss, accuracy]."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    weights = list(model.parameters())
+    matrices = [weight for weight in weights if weight.ndim > 1][1:-1]
+    inner = matrices if optimizer == "muon" else []
+    others = [weight for weight in weights if all(weight is not one for one in inner)]
+    optimizers = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay)]
+    optimizers += [Muon(inner, lr=learning_rate, weight_decay=weight_decay)] if inner else []
     # One step more than there are updates: the cycle's last learning rate is zero. Its rise takes
     # a fifth; of a handful of updates a little more, or the schedule would divide by zero.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, updates + 1, pct_start=max(0.2, 1.5 / (updates + 1))
-    )
+    rise = max(0.2, 1.5 / (updates + 1))
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            one, learning_rate, updates + 1, pct_start=rise, cycle_momentum="betas" in one.defaults
+        )
+        for one in optimizers
+    ]
     device = next(model.parameters()).device
 
     def update(loss: Callable, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             value, logits = loss(model, images, labels)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         value.backward()
         # By hand: the losses call the network more than once and in several forms, for which
         # DistributedDataParallel is not made. The statistics of batch normalisation are each
         # process's own in the forward pass, and averaged in what evaluation uses.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         distributed.average(gradients + [b for b in model.buffers() if b.is_floating_point()])
-        optimizer.step()
-        schedule.step()
+        for step in (*optimizers, *schedules):
+            step.step()
         hits = (logits.detach().argmax(dim=1) == labels).float().mean()
         return torch.stack([value.detach(), hits])
 

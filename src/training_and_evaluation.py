@@ -16,7 +16,7 @@ from src.checks import check_count, check_number
 from src.convnn import evaluation_form
 from src.folded import FLOATS, check_precision
 from src.models import SmoothClassifier
-from src.optimisation import average_weights, shuffled, updater
+from src.optimisation import OPTIMIZERS, average_weights, shuffled, updater
 from src.utils import subset
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -71,13 +71,14 @@ def train_model(
     shift: int = 1,
     averaging: float = 0.995,
     precision: str = "float32",
+    optimizer: str = "adamw",
     seed: int = 0,
     device: str | torch.device | None = None,
     watch: Callable[[nn.Module], dict[str, float]] | None = None,
     select: str | None = None,
     progress: bool = True,
 ) -> dict:
-    """Train in place with AdamW on one cycle of the learning rate (Smith, 2018).
+    """Train in place with AdamW or Muon on one cycle of the learning rate (Smith, 2018).
 
     The model ends with the running average of its weights (Polyak and Juditsky, 1992), in
     evaluation mode; or with those of the best epoch, if `select` is given. Started by torchrun,
@@ -91,12 +92,14 @@ def train_model(
         loss_schedule: progress in [0, 1) -> loss, in place of a fixed one.
         batch_size: images an update.
         learning_rate: at its peak.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW and Muon.
         shift: largest random translation of a training image, in pixels.
         averaging: decay of the running average of the weights, an update; 0 for none.
         precision: "float32", or "bfloat16" for convolutions and matrix products (autocast), with
             weights, statistics and updates in float32: twice as fast on processors with units
             for it (`benchmarks/training.py`).
+        optimizer: "adamw", or "muon" for the weights between the first and the last layer
+            (`src/muon.py`): more is learnt in as many epochs, each about a tenth longer.
         seed: of the order of the images and their shifts. Losses that draw noise use torch's
             global generator: call `seed_everything` for those.
         device: where to train; default: where the model is.
@@ -115,6 +118,8 @@ def train_model(
     """
     _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, shift, averaging)
     check_precision(precision, FLOATS)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"'optimizer' is {optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))
@@ -129,7 +134,7 @@ def train_model(
     updates = epochs * (len(dataset) // batch_size)
     model.to(device or next(model.parameters()).device)
     distributed.share_weights(model)
-    update = updater(model, updates, learning_rate, weight_decay, precision)
+    update = updater(model, updates, learning_rate, weight_decay, precision, optimizer)
     averaged = copy.deepcopy(model).eval()
     history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
     best_figure, best_state = -math.inf, None

@@ -1,0 +1,96 @@
+"""The optimiser Muon."""
+
+import pytest
+import torch
+
+from src.models import ConvNN
+from src.muon import Muon, orthogonal
+from src.optimisation import updater
+from src.training_and_evaluation import train_model
+from tests.helpers import halves
+
+
+def normals(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(32, 400), (40, 64), (200, 30), (1, 7)])
+def test_orthogonal_brings_singular_values_near_one_and_turns_nothing(shape):
+    matrix = normals(*shape)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    assert (s > matrix.norm() / 300).all()
+    inner = u.T @ orthogonal(matrix) @ vh.T
+    values = inner.diagonal()
+    torch.testing.assert_close(inner, values.diag(), atol=2e-3, rtol=0)
+    assert (values > 0.68).all()
+    assert (values < 1.21).all()
+
+
+def test_orthogonal_is_the_published_iteration():
+    # Jordan et al. iterate X <- a X + b (X X^T) X + c (X X^T)^2 X.
+    matrix = normals(8, 20, dtype=torch.float64)
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    torch.testing.assert_close(orthogonal(matrix), x)
+    torch.testing.assert_close(orthogonal(matrix.T), x.T)
+    torch.testing.assert_close(orthogonal(1e-20 * matrix), x)
+
+
+def test_a_gradient_of_zero_moves_nothing_but_the_decay():
+    weight = torch.nn.Parameter(normals(3, 2, 5, 5))
+    before = weight.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(weight.detach(), 0.95 * before)
+
+
+def test_an_update_has_the_length_of_one_of_adamw():
+    # Root mean square of AdamW's first update: the learning rate. Of Muon's 0.2 sqrt(max) times
+    # that of an orthogonal matrix of full rank, 1 / sqrt(max), and the singular values.
+    weight = torch.nn.Parameter(torch.zeros(32, 16, 5, 5))
+    weight.grad = normals(32, 16, 5, 5)
+    Muon([weight], lr=0.01).step()
+    length = weight.detach().square().mean().sqrt().item()
+    assert 0.2 * 0.01 * 0.68 < length < 0.2 * 0.01 * 1.21
+
+
+def test_momentum_is_that_of_nesterov():
+    weight = torch.nn.Parameter(torch.zeros(4, 6))
+    optimizer = Muon([weight], lr=1.0, momentum=0.5, weight_decay=0.0)
+    first, second = normals(2, 4, 6)
+    expected, mean = torch.zeros(4, 6), torch.zeros(4, 6)
+    for gradient in (first, second):
+        weight.grad = gradient.clone()
+        optimizer.step()
+        mean = (mean + gradient) / 2
+        expected -= 0.2 * 6**0.5 * orthogonal((mean + gradient) / 2)
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_muon_takes_what_lies_between_the_first_and_the_last_layer():
+    network = ConvNN(channels=(2, 3), hidden=4)
+    start = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    slope = {name: normals(*weight.shape) for name, weight in start.items()}
+
+    def loss(model, images, labels):
+        return sum(
+            (slope[name] * weight).sum() for name, weight in model.named_parameters()
+        ), images
+
+    zeros = torch.zeros(4, 10)
+    updater(network, 10, 0.01, 0.0, "float32", "muon")(loss, zeros, zeros[:, 0].long())
+    # The cycle begins at a 25th of the learning rate.
+    for name, weight in network.named_parameters():
+        change = (start[name] - weight.detach()) / (0.01 / 25)
+        expected = slope[name].sign()
+        if name in ("conv2.weight", "hidden.weight"):
+            matrix = slope[name].flatten(1)
+            expected = 0.2 * max(matrix.shape) ** 0.5 * orthogonal(matrix).view(change.shape)
+        torch.testing.assert_close(change, expected, rtol=0.01, atol=0.01)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="'optimizer' is 'sgd'; use one of adamw, muon"):
+        train_model(ConvNN(), halves(8), epochs=1, optimizer="sgd")
