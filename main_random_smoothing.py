@@ -21,7 +21,7 @@ from src.utils import get_device, load_training_data, seed_everything
 NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
-TRAINING += ("channels", "hidden", "held_out", "precision", "optimizer", "quick")
+TRAINING += ("consistency", "channels", "hidden", "held_out", "precision", "optimizer", "quick")
 
 
 def main(argv=None):
@@ -94,7 +94,9 @@ def train(images, held_out, args, device):
     history = train_model(
         smooth,
         images,
-        loss_schedule=ramped_smoothing_loss(args.method, epsilon=args.epsilon),
+        loss_schedule=ramped_smoothing_loss(
+            args.method, epsilon=args.epsilon, consistency=args.consistency
+        ),
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
@@ -122,6 +124,9 @@ def option_parser():
         "--epsilon",
         type=number(),
         help="l2 length of the SmoothAdv step, pixel units; default: that of the method",
+    )
+    parser.add_argument(
+        "--consistency", type=number(), help="weight of Consistency; default: that of the method"
     )
     parser.add_argument(
         "--every", type=count(), default=100, help="certify every so many test images"

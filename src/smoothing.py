@@ -81,30 +81,30 @@ def _ascend(base, images, labels, noise, epsilon) -> Tensor:
 
 
 def ramped_smoothing_loss(
-    method: str, *, epsilon: float | None = None, ramp: float = 0.3
+    method: str, *, ramp: float = 0.3, **weights: float | None
 ) -> Callable[[float], Loss]:
     """A `loss_schedule`: the loss of a method, its added terms growing over the first `ramp`.
 
     Args:
         method: one of METHODS.
-        epsilon: l2 length of the SmoothAdv step, in pixel units; default: that of the method.
         ramp: fraction of the training, in (0, 1].
+        weights: `epsilon`, `consistency` or `entropy` of `smoothing_loss` in place of what the
+            method has; None for that.
 
     Raises:
-        ValueError: for another method, and for an `epsilon` that the method has no use for.
+        ValueError: for another method, and for a weight of a term that the method does not have.
     """
     if method not in METHODS:
         raise ValueError(f"'method' is {method!r}; use one of {', '.join(map(repr, METHODS))}.")
-    terms = dict(METHODS[method])
-    if epsilon is not None:
-        if "epsilon" not in terms:
-            raise ValueError(f"'epsilon' is for SmoothAdv; the method {method!r} has no such step.")
-        terms["epsilon"] = epsilon
+    given = {name: weight for name, weight in weights.items() if weight is not None}
+    for name in given.keys() - METHODS[method].keys():
+        raise ValueError(f"The method {method!r} has no {name!r}; choose another method.")
+    terms = METHODS[method] | given
     draws = terms.pop("draws")
 
     def loss_at(progress: float) -> Loss:
         part = min(progress / ramp, 1.0)
-        weights = {name: part * weight for name, weight in terms.items()}
-        return partial(smoothing_loss, draws=draws, **weights)
+        grown = {name: part * weight for name, weight in terms.items()}
+        return partial(smoothing_loss, draws=draws, **grown)
 
     return loss_at

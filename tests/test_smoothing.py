@@ -98,10 +98,13 @@ def test_unknown_method_is_named():
         ramped_smoothing_loss("macer")
 
 
-def test_epsilon_of_a_method_may_be_another(smooth, batch):
+@pytest.mark.parametrize(
+    ("method", "weight"), [("smoothadv", "epsilon"), ("smoothadv-consistency", "consistency")]
+)
+def test_a_weight_of_a_method_may_be_another(smooth, batch, method, weight):
     torch.manual_seed(7)
-    loss, _ = ramped_smoothing_loss("smoothadv", epsilon=0.4)(0.9)(smooth, *batch)
+    loss, _ = ramped_smoothing_loss(method, **{weight: 0.4})(0.9)(smooth, *batch)
     torch.manual_seed(7)
-    assert loss == smoothing_loss(smooth, *batch, draws=2, epsilon=0.4)[0]
-    with pytest.raises(ValueError, match="'epsilon' is for SmoothAdv; the method 'gaussian'"):
-        ramped_smoothing_loss("gaussian", epsilon=0.4)
+    assert loss == smoothing_loss(smooth, *batch, **METHODS[method] | {weight: 0.4})[0]
+    with pytest.raises(ValueError, match=f"'gaussian' has no '{weight}'"):
+        ramped_smoothing_loss("gaussian", **{weight: 0.4})
