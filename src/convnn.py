@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from src.checks import check_count, check_shape, evaluation_mode
 from src.folded import FoldedConvNN, check_precision, ramp
+from src.native_gradient import attacked_form
 from src.quantized import QuantizedConvNN
 
 
@@ -104,15 +105,15 @@ class ConvNN(nn.Module):
 
 @contextmanager
 def evaluation_form(model: nn.Module) -> Iterator[nn.Module]:
-    """The form in which a model is best evaluated: a ConvNN folded, another as it is.
+    """The form in which a model is best evaluated and attacked: a ConvNN folded, another as it is.
 
-    The folded one runs in bfloat16 under autocast, else in float32. The other is in evaluation
-    mode until the block ends, see `evaluation_mode`.
+    The folded one runs in bfloat16 under autocast, else in float32, see `attacked_form`. The
+    other is in evaluation mode until the block ends, see `evaluation_mode`.
     """
     # A subclass may do anything in its forward pass, and folding is for float32.
     if type(model) is ConvNN and model.output.weight.dtype == torch.float32:
         cast = torch.is_autocast_enabled(model.output.weight.device.type)
-        yield model.inference_form("bfloat16" if cast else "float32")
+        yield attacked_form(model.inference_form("bfloat16" if cast else "float32"))
         return
     with evaluation_mode(model):
         yield model

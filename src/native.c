@@ -50,6 +50,12 @@ static inline vector rectified(vector values)
     return (vector)((bits)values & ~(bits)(values < 0));
 }
 
+/* A gradient, zero where the feature was cut off; where that is a NaN it passes, as in torch. */
+static inline vector gated(vector values, vector feature)
+{
+    return (vector)((bits)values & ~(bits)(feature <= 0));
+}
+
 /* A row of an image to its place in a padded one. */
 static void put_row(const float *row, number *to)
 {
@@ -59,25 +65,42 @@ static void put_row(const float *row, number *to)
     }
 }
 
-static inline __attribute__((always_inline)) void convolve_by(
-    int vectors, const number *images, int n, int side, int stride, int inputs,
-    const struct layer *layer, number *out, int margin, int rectify)
+/* Numbers from one image to the next, from one row of places to the next, and from place to place. */
+struct steps { size_t image, row, place; };
+
+/* What becomes of a sum: it is stored, or zero in place of a negative one. Of gradients, which are
+   float32: it passes where a feature was not cut off by its ReLU, or it is one of the four pixels of
+   a 2x2 square, the first channels. */
+enum fate { PLAIN, RECTIFIED, GATED, SQUARE };
+
+static inline __attribute__((always_inline)) void put(
+    vector value, number *to, const number *feature, enum fate fate)
 {
-    int padded = side + 2 * MARGIN, wide = side / stride, pitch = wide + 2 * margin;
-    int run = (TAPS * inputs + PAIR - 1) / PAIR * PAIR;
-    size_t row = (size_t)padded * inputs;
+    if (fate == SQUARE)
+        for (int k = 0; k < 4; k++)
+            to[k / 2 * SIDE + k % 2] = value[k];
+    else if (fate == GATED)
+        store(to, gated(value, *(const vector *)feature), FEATURE_LIMIT);
+    else
+        store(to, fate == RECTIFIED ? rectified(value) : value, FEATURE_LIMIT);
+}
+
+/* Sums at `wide` squared places of each of `n` images, over `rows` rows of `run` numbers that lie
+   `row` apart; `gates` are features that lie as `out` does. */
+static inline __attribute__((always_inline)) void convolve_by(
+    int vectors, const number *images, struct steps in, int n, int wide, int rows, size_t row, int run,
+    const struct layer *layer, number *out, struct steps to, const number *gates, enum fate fate)
+{
     const int pixels = MOST / vectors;
     for (int c = 0; c < layer->width; c += vectors * LANES) {
         int image = 0, y = 0, x = 0;
         for (int left = n * wide * wide; left > 0; left -= pixels) {
             const number *from[MOST];
-            number *to[MOST];
+            size_t at[MOST];
             vector total[MOST][2];
             for (int p = 0; p < pixels; p++) {
-                size_t corner = ((size_t)image * padded + y * stride) * padded + x * stride;
-                size_t place = ((size_t)image * pitch + y + margin) * pitch + x + margin;
-                from[p] = images + corner * inputs;
-                to[p] = out + place * layer->width + c;
+                from[p] = images + image * in.image + y * in.row + x * in.place;
+                at[p] = image * to.image + y * to.row + x * to.place + c;
                 /* The next place; after the end the last one, again. */
                 if (p + 1 < left && ++x == wide) {
                     x = 0;
@@ -85,24 +108,36 @@ static inline __attribute__((always_inline)) void convolve_by(
                         y = 0, image++;
                 }
             }
-            tile(pixels, vectors, from, TAPS, row, run, layer, c, total);
+            tile(pixels, vectors, from, rows, row, run, layer, c, total);
             for (int p = 0; p < pixels; p++)
-                for (int v = 0; v < vectors; v++) {
-                    vector value = rectify ? rectified(total[p][v]) : total[p][v];
-                    store(to[p] + v * LANES, value, FEATURE_LIMIT);
-                }
+                for (int v = 0; v < vectors; v++, at[p] += LANES)
+                    put(total[p][v], out + at[p], gates + at[p], fate);
         }
     }
 }
 
-/* `images` (n, side + 4, side + 4, inputs) -> `out`, (side / stride) squared with a `margin`. */
-static void convolve(const number *images, int n, int side, int stride, int inputs,
-                     const struct layer *layer, number *out, int margin, int rectify)
+/* Compiled once: inlined everywhere it would take the compiler many times as long. */
+static __attribute__((noinline)) void convolve_all(
+    const number *images, struct steps in, int n, int wide, int rows, size_t row, int run,
+    const struct layer *layer, number *out, struct steps to, const number *gates, enum fate fate)
 {
     if (layer->width % (2 * LANES))
-        convolve_by(1, images, n, side, stride, inputs, layer, out, margin, rectify);
+        convolve_by(1, images, in, n, wide, rows, row, run, layer, out, to, gates, fate);
     else
-        convolve_by(2, images, n, side, stride, inputs, layer, out, margin, rectify);
+        convolve_by(2, images, in, n, wide, rows, row, run, layer, out, to, gates, fate);
+}
+
+/* `images` (n, side + 4, side + 4, inputs) -> `out`, (side / stride) squared with a `margin`. */
+static void convolve(const number *images, int n, int side, int stride, int inputs,
+                     const struct layer *layer, number *out, int margin, enum fate fate)
+{
+    int padded = side + 2 * MARGIN, wide = side / stride, pitch = wide + 2 * margin;
+    int run = (TAPS * inputs + PAIR - 1) / PAIR * PAIR, width = layer->width;
+    size_t row = (size_t)padded * inputs;
+    struct steps in = {padded * row, stride * row, stride * inputs};
+    struct steps to = {(size_t)pitch * pitch * width, (size_t)pitch * width, width};
+    out += margin * (to.row + to.place);
+    convolve_all(images, in, n, wide, TAPS, row, run, layer, out, to, out, fate);
 }
 
 /* The largest of every 2x2 square, zero at least: (side, side, channels) -> half that, a margin. */
@@ -124,6 +159,15 @@ static void halve(const number *image, int side, int channels, number *out, int 
                 to[c] = best;
             }
         }
+}
+
+/* Images (n, 28, 28) to the middle of padded ones. */
+static void put_images(const float *pixel, int n, number *to)
+{
+    int padded = SIDE + 2 * MARGIN;
+    for (int i = 0; i < n; i++)
+        for (int y = 0; y < SIDE; y++, pixel += SIDE)
+            put_row(pixel, to + ((size_t)i * padded + y + MARGIN) * padded + MARGIN);
 }
 
 /* Bytes that `features` needs as scratch. */
@@ -152,19 +196,16 @@ void features(const float *images, int n, int pooled, const struct layer *layer1
     number *whole = middle + group * inner;
     for (int start = 0; start < n; start += group) {
         int count = n - start < group ? n - start : group;
-        const float *pixel = images + (size_t)start * SIDE * SIDE;
-        for (int i = 0; i < count; i++)
-            for (int y = 0; y < SIDE; y++, pixel += SIDE)
-                put_row(pixel, outer + ((size_t)i * padded + y + MARGIN) * padded + MARGIN);
+        put_images(images + (size_t)start * SIDE * SIDE, count, outer);
         number *to = out + (size_t)start * half * half / 4 * second;
         if (pooled) {
-            convolve(outer, 1, SIDE, 1, 1, layer1, whole, 0, 0);
+            convolve(outer, 1, SIDE, 1, 1, layer1, whole, 0, PLAIN);
             halve(whole, SIDE, first, middle, MARGIN);
-            convolve(middle, 1, half, 1, first, layer2, whole, 0, 0);
+            convolve(middle, 1, half, 1, first, layer2, whole, 0, PLAIN);
             halve(whole, half, second, to, 0);
         } else {
-            convolve(outer, count, SIDE, 2, 1, layer1, middle, MARGIN, 1);
-            convolve(middle, count, half, 2, first, layer2, to, 0, 1);
+            convolve(outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
+            convolve(middle, count, half, 2, first, layer2, to, 0, RECTIFIED);
         }
     }
 }
@@ -198,6 +239,60 @@ void connected(const number *in, int n, int inputs, const struct layer *layer, f
     else
         connect_by(2, in, n, inputs, layer, out);
 }
+
+#if !defined(BFLOAT16) && !defined(INT16)
+
+/* Bytes that `gradients` needs as scratch. */
+size_t gradients_scratch_size(int first, int second)
+{
+    size_t padded = SIDE + 2 * MARGIN, wide = SIDE / 2 + 2 * MARGIN, narrow = SIDE / 4 + 2;
+    return sizeof(float) * PIXELS * (padded * padded + 2 * wide * wide * first + narrow * narrow * second);
+}
+
+/* Gradients by the images of a network with strides: `slope` (n, 7, 7, second), the gradients by the
+   `features` that it makes of `images` (n, 28, 28) -> `out` like the images.
+
+   Back through a convolution of stride 2, the gradients at the four places of a 2x2 square are sums
+   over 3x3, 3x2, 2x3 and 2x2 places of those that come in. `back2` are the four kernels; in `back1`
+   they are one of 3x3 with four channels, filled up to LANES. `scratch` holds
+   gradients_scratch_size zeros. */
+void gradients(const float *images, int n, int second, const struct layer *layer1,
+               const struct layer *back2, const struct layer *back1, const float *features,
+               const float *slope, float *scratch, float *out)
+{
+    int first = layer1->width, half = SIDE / 2, quarter = half / 2;
+    size_t padded = SIDE + 2 * MARGIN, wide = half + 2 * MARGIN, narrow = quarter + 2;
+    size_t last_row = narrow * second, middle_row = wide * first;
+    float *outer = scratch, *middle = outer + PIXELS * padded * padded;
+    float *middle_slope = middle + PIXELS * wide * middle_row;
+    float *last_slope = middle_slope + PIXELS * wide * middle_row;
+    struct steps last = {narrow * last_row, last_row, second};
+    struct steps every_other = {wide * middle_row, 2 * middle_row, 2 * first};
+    struct steps every = {wide * middle_row, middle_row, first}, squares = {SIDE * SIDE, 2 * SIDE, 2};
+    for (int start = 0; start < n; start += PIXELS) {
+        int count = n - start < PIXELS ? n - start : PIXELS;
+        put_images(images + (size_t)start * SIDE * SIDE, count, outer);
+        convolve(outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
+        for (int i = 0; i < count; i++)
+            for (int y = 0; y < quarter; y++) {
+                size_t from = ((size_t)(start + i) * quarter + y) * quarter * second;
+                float *to = last_slope + (i * narrow + y + 1) * last_row + second;
+                for (int x = 0; x < quarter * second; x += LANES)
+                    put(*(const vector *)(slope + from + x), to + x, features + from + x, GATED);
+            }
+        for (int y = 0; y < 2; y++)
+            for (int x = 0; x < 2; x++) {
+                size_t at = (MARGIN + y) * middle_row + (MARGIN + x) * first;
+                convolve_all(last_slope + y * last_row + x * second, last, count, quarter, 3 - y, last_row,
+                             (3 - x) * second, back2 + 2 * y + x, middle_slope + at, every_other,
+                             middle + at, GATED);
+            }
+        convolve_all(middle_slope + (MARGIN - 1) * (middle_row + first), every, count, half, 3, middle_row,
+                     3 * first, back1, out + (size_t)start * SIDE * SIDE, squares, out, SQUARE);
+    }
+}
+
+#endif
 
 int lanes(void) { return LANES; }
 

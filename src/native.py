@@ -50,10 +50,11 @@ class NativeConvNN(nn.Module):
     def __init__(self, form: FoldedConvNN | QuantizedConvNN, library: ctypes.CDLL):
         super().__init__()
         self.form, self.library, self.dtype = form, library, form.dtype
+        self.thresholds = form.thresholds
         self.pooled = form.stride == 1
         self.widths = [len(form.kernel1), len(form.kernel2)]
         self.scratch = library.scratch_size(self.pooled, *self.widths)
-        kernels = [_rows(kernel) for kernel in (form.kernel1, form.kernel2)]
+        kernels = [rows_of(kernel) for kernel in (form.kernel1, form.kernel2)]
         if self.quantized:
             parameters = [form.layer(number)[1:] for number in (1, 2, 3)[: form.layers]]
             kernels += [form.kernel3.T[None]] if form.layers == 3 else []
@@ -64,13 +65,10 @@ class NativeConvNN(nn.Module):
             self.output = VotingOutput(weight, bias)
         lanes = library.lanes()
         tensors = [
-            (_in_order(kernel, lanes), *values)
+            (in_order(kernel, lanes), *values)
             for kernel, values in zip(kernels, parameters, strict=True)
         ]
-        self.kept = tensors
-        self.layers = [
-            _Layer(*(values.data_ptr() for values in layer), len(layer[1])) for layer in tensors
-        ]
+        self.kept, self.layers = tensors, [layer_of(*values) for values in tensors]
 
     @property
     def quantized(self) -> bool:
@@ -90,7 +88,10 @@ class NativeConvNN(nn.Module):
         check_shape(images)
         if images.device.type != "cpu":
             raise ValueError(f"'images' are on {images.device}; this form takes them on the CPU.")
-        images = ramp(images.float(), self.form.thresholds).contiguous()
+        return self.convolve(ramp(images.float(), self.thresholds).contiguous())
+
+    def convolve(self, images: Tensor) -> Tensor:
+        """The same, of images that have passed the ramp, float32 and contiguous."""
         features = images.new_empty((len(images), 49 * self.widths[1]), dtype=self.dtype)
         # Of each call its own, so that threads can share the network.
         scratch = images.new_zeros(self.scratch, dtype=torch.uint8)
@@ -107,12 +108,18 @@ class NativeConvNN(nn.Module):
         return out
 
 
-def _rows(kernel: Tensor) -> Tensor:
+def layer_of(kernel: Tensor, bias: Tensor, scale: Tensor) -> _Layer:
+    """The struct of a layer; the tensors must live as long."""
+    pointers = (values.data_ptr() for values in (kernel, bias, scale))
+    return _Layer(*pointers, len(bias))
+
+
+def rows_of(kernel: Tensor) -> Tensor:
     """A kernel (channels, inputs, 5, 5) as (5, 5 * inputs, channels)."""
     return kernel.permute(2, 3, 1, 0).flatten(1, 2)
 
 
-def _in_order(rows: Tensor, lanes: int) -> Tensor:
+def in_order(rows: Tensor, lanes: int) -> Tensor:
     """A kernel (rows, numbers, channels) in the order in which `native.c` adds it up.
 
     (groups, rows, numbers, channels of a group), a group being two vectors of channels, or one.
@@ -185,6 +192,11 @@ def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
         library.features.argtypes = [pointer, number, number, layer, layer, pointer, pointer]
         library.connected.argtypes = [pointer, number, number, layer, pointer]
         library.features.restype = library.connected.restype = None
+        if precision == "float32":
+            library.gradients_scratch_size.restype = ctypes.c_size_t
+            library.gradients.argtypes = [pointer, number, number, layer, layer, layer]
+            library.gradients.argtypes += [pointer] * 4
+            library.gradients.restype = None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
         # No compiler, or one that does not make this library of C.
         return None
