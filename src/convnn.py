@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.checks import check_count, check_shape, evaluation_mode
-from src.folded import FoldedConvNN, check_precision, ramp
+from src.folded import FLOATS, FoldedConvNN, check_precision, ramp
 from src.native_gradient import attacked_form
 from src.quantized import QuantizedConvNN
 
@@ -93,14 +93,15 @@ class ConvNN(nn.Module):
         """A copy for evaluation only, the same function up to rounding, and faster.
 
         Args:
-            precision: "float32", or "bfloat16" or "int16" for all layers but the output. The last
-                has no gradients.
+            precision: "float32", or "bfloat16", "int16" or "int8" for all layers but the output.
+                Integers have no gradients.
 
         Raises:
             ValueError: for another precision, and where `QuantizedConvNN` does.
         """
         check_precision(precision)
-        return QuantizedConvNN(self) if precision == "int16" else FoldedConvNN(self, precision)
+        form = FoldedConvNN if precision in FLOATS else QuantizedConvNN
+        return form(self, precision)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from src.checks import check_shape
 
 # In which the network may vote. The float32 results are those of the network itself up to the
 # order of additions; in the others it is another classifier, with certificates of its own.
-PRECISIONS = ("float32", "bfloat16", "int16")
+PRECISIONS = ("float32", "bfloat16", "int16", "int8")
 # In which it may be trained and attacked.
 FLOATS = PRECISIONS[:2]
 

@@ -73,7 +73,7 @@ class SmoothClassifier(nn.Module):
         base_classifier: f, images (B, 1, 28, 28) -> logits (B, num_classes).
         sigma: standard deviation of the noise, in pixel units.
         num_classes: number of logits of f.
-        precision: "float32", "bfloat16" or "int16", of the network that votes, which is the
+        precision: "float32", "bfloat16", "int16" or "int8", of the network that votes, which is the
             classifier then certified (others than float32 for a ConvNN only; see
             `fastest_precision`).
     """

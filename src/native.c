@@ -10,34 +10,45 @@
 
 #include "native_numbers.h"
 
-/* With 16 registers of 8 lanes twelve sums, two kernels and a pixel fit; with 32 of 16 lanes more. */
-enum { TAPS = 5, SIDE = 28, MARGIN = 2, PIXELS = LANES == 16 ? 8 : 6, MOST = 2 * PIXELS };
+/* With 16 registers of 8 lanes twelve sums, two kernels and a pixel fit; with 32 of 16 lanes more. With
+   whole steps of the kernel there is room for few. */
+enum { TAPS = 5, SIDE = 28, MARGIN = 2, PIXELS = LANES == 16 ? 8 : 6, MOST = 2 * PIXELS, FEW = 8 };
 
-/* A kernel, biases, and for integers the scale of every sum. The kernel is (groups, rows, run / PAIR,
-   width of a group, PAIR): a group are the channels that a tile takes, so it is read in order. */
-struct layer { const number *kernel; const float *bias, *scale; int width; };
+/* Four bytes of numbers, in every lane, meet a vector of the kernel; so do STEP, one after another. */
+#define WORD 4
+
+/* A kernel, biases, and for integers the scale of every sum. The kernel is (groups, rows, run / WORD,
+   width of a group, WORD): a group are the channels that a tile takes, so it is read in order. */
+struct layer { const char *kernel; const float *bias, *scale; int width; };
+
+/* Which numbers a layer adds up. */
+enum kind { OF_PIXELS, OF_FEATURES };
 
 /* Sums of `vectors` * LANES channels from `c` on at `pixels` places, over `rows` rows that lie `row`
-   apart, of `run` numbers, a multiple of PAIR. */
+   bytes apart, of `run` bytes, a multiple of WORD, or of features of STEP. */
 static inline __attribute__((always_inline)) void tile(
-    int pixels, int vectors, const number *const *from, int rows, size_t row, int run,
+    int pixels, int vectors, enum kind kind, const char *const *from, int rows, size_t row, int run,
     const struct layer *layer, int c, vector total[MOST][2])
 {
-    const number *kernel = layer->kernel + (size_t)c * rows * run;
+    const char *kernel = layer->kernel + (size_t)c * rows * run;
     const float *bias = layer->bias + c, *scale = layer->scale + c;
+    const int words = kind == OF_FEATURES ? STEP / WORD : 1;
     sums sum[MOST][2];
     for (int p = 0; p < pixels; p++)
         for (int v = 0; v < vectors; v++)
             sum[p][v] = begun(*(const vector *)(bias + v * LANES));
     for (int y = 0; y < rows; y++)
-        for (int j = 0; j < run; j += PAIR, kernel += PAIR * vectors * LANES) {
-            bits weight[2];
-            for (int v = 0; v < vectors; v++)
-                weight[v] = *(const bits *)(kernel + PAIR * v * LANES);
+        for (int j = 0; j < run; j += words * WORD) {
+            bits weight[2][STEP / WORD];
+            for (int k = 0; k < words; k++)
+                for (int v = 0; v < vectors; v++, kernel += WORD * LANES)
+                    weight[v][k] = *(const bits *)kernel;
 #pragma GCC unroll 16
             for (int p = 0; p < pixels; p++)
                 for (int v = 0; v < vectors; v++)
-                    sum[p][v] = add_product(sum[p][v], from[p] + y * row + j, weight[v]);
+                    sum[p][v] = kind == OF_FEATURES && STEP > WORD
+                                    ? add_features(sum[p][v], from[p] + y * row + j, weight[v])
+                                    : add_product(sum[p][v], from[p] + y * row + j, weight[v][0]);
         }
     for (int p = 0; p < pixels; p++)
         for (int v = 0; v < vectors; v++)
@@ -65,7 +76,7 @@ static void put_row(const float *row, number *to)
     }
 }
 
-/* Numbers from one image to the next, from one row of places to the next, and from place to place. */
+/* Bytes from one image to the next, from one row of places to the next, and from place to place. */
 struct steps { size_t image, row, place; };
 
 /* What becomes of a sum: it is stored, or zero in place of a negative one. Of gradients, which are
@@ -74,33 +85,33 @@ struct steps { size_t image, row, place; };
 enum fate { PLAIN, RECTIFIED, GATED, SQUARE };
 
 static inline __attribute__((always_inline)) void put(
-    vector value, number *to, const number *feature, enum fate fate)
+    vector value, feature *to, const feature *gate, enum fate fate)
 {
     if (fate == SQUARE)
         for (int k = 0; k < 4; k++)
             to[k / 2 * SIDE + k % 2] = value[k];
     else if (fate == GATED)
-        store(to, gated(value, *(const vector *)feature), FEATURE_LIMIT);
+        store_features(to, gated(value, *(const vector *)gate));
     else
-        store(to, fate == RECTIFIED ? rectified(value) : value, FEATURE_LIMIT);
+        store_features(to, fate == RECTIFIED ? rectified(value) : value);
 }
 
-/* Sums at `wide` squared places of each of `n` images, over `rows` rows of `run` numbers that lie
+/* Sums at `wide` squared places of each of `n` images, over `rows` rows of `run` bytes that lie
    `row` apart; `gates` are features that lie as `out` does. */
 static inline __attribute__((always_inline)) void convolve_by(
-    int vectors, const number *images, struct steps in, int n, int wide, int rows, size_t row, int run,
-    const struct layer *layer, number *out, struct steps to, const number *gates, enum fate fate)
+    int pixels, int vectors, enum kind kind, const void *images, struct steps in, int n, int wide,
+    int rows, size_t row, int run, const struct layer *layer, feature *out, struct steps to,
+    const feature *gates, enum fate fate)
 {
-    const int pixels = MOST / vectors;
     for (int c = 0; c < layer->width; c += vectors * LANES) {
         int image = 0, y = 0, x = 0;
         for (int left = n * wide * wide; left > 0; left -= pixels) {
-            const number *from[MOST];
+            const char *from[MOST];
             size_t at[MOST];
             vector total[MOST][2];
             for (int p = 0; p < pixels; p++) {
-                from[p] = images + image * in.image + y * in.row + x * in.place;
-                at[p] = image * to.image + y * to.row + x * to.place + c;
+                from[p] = (const char *)images + image * in.image + y * in.row + x * in.place;
+                at[p] = (image * to.image + y * to.row + x * to.place) / sizeof(feature) + c;
                 /* The next place; after the end the last one, again. */
                 if (p + 1 < left && ++x == wide) {
                     x = 0;
@@ -108,7 +119,7 @@ static inline __attribute__((always_inline)) void convolve_by(
                         y = 0, image++;
                 }
             }
-            tile(pixels, vectors, from, rows, row, run, layer, c, total);
+            tile(pixels, vectors, kind, from, rows, row, run, layer, c, total);
             for (int p = 0; p < pixels; p++)
                 for (int v = 0; v < vectors; v++, at[p] += LANES)
                     put(total[p][v], out + at[p], gates + at[p], fate);
@@ -118,44 +129,45 @@ static inline __attribute__((always_inline)) void convolve_by(
 
 /* Compiled once: inlined everywhere it would take the compiler many times as long. */
 static __attribute__((noinline)) void convolve_all(
-    const number *images, struct steps in, int n, int wide, int rows, size_t row, int run,
-    const struct layer *layer, number *out, struct steps to, const number *gates, enum fate fate)
+    enum kind kind, const void *images, struct steps in, int n, int wide, int rows, size_t row, int run,
+    const struct layer *layer, feature *out, struct steps to, const feature *gates, enum fate fate)
 {
-    if (layer->width % (2 * LANES))
-        convolve_by(1, images, in, n, wide, rows, row, run, layer, out, to, gates, fate);
+#define CONVOLVE(pixels, vectors, kind) \
+    convolve_by(pixels, vectors, kind, images, in, n, wide, rows, row, run, layer, out, to, gates, fate)
+    int one = layer->width % (2 * LANES);
+    if (kind == OF_FEATURES && STEP > WORD)
+        one ? CONVOLVE(FEW, 1, OF_FEATURES) : CONVOLVE(FEW / 2, 2, OF_FEATURES);
     else
-        convolve_by(2, images, in, n, wide, rows, row, run, layer, out, to, gates, fate);
+        one ? CONVOLVE(MOST, 1, OF_PIXELS) : CONVOLVE(PIXELS, 2, OF_PIXELS);
 }
 
 /* `images` (n, side + 4, side + 4, inputs) -> `out`, (side / stride) squared with a `margin`. */
-static void convolve(const number *images, int n, int side, int stride, int inputs,
-                     const struct layer *layer, number *out, int margin, enum fate fate)
+static void convolve(enum kind kind, const void *images, int n, int side, int stride, int inputs,
+                     const struct layer *layer, feature *out, int margin, enum fate fate)
 {
     int padded = side + 2 * MARGIN, wide = side / stride, pitch = wide + 2 * margin;
-    int run = (TAPS * inputs + PAIR - 1) / PAIR * PAIR, width = layer->width;
-    size_t row = (size_t)padded * inputs;
-    struct steps in = {padded * row, stride * row, stride * inputs};
-    struct steps to = {(size_t)pitch * pitch * width, (size_t)pitch * width, width};
-    out += margin * (to.row + to.place);
-    convolve_all(images, in, n, wide, TAPS, row, run, layer, out, to, out, fate);
+    int size = kind == OF_FEATURES ? sizeof(feature) : sizeof(number);
+    int step = kind == OF_FEATURES ? STEP : WORD, width = layer->width;
+    int run = (TAPS * inputs * size + step - 1) / step * step;
+    size_t row = (size_t)padded * inputs * size, place = width * sizeof(feature);
+    struct steps in = {padded * row, stride * row, (size_t)stride * inputs * size};
+    struct steps to = {pitch * pitch * place, pitch * place, place};
+    out += (size_t)margin * (pitch + 1) * width;
+    convolve_all(kind, images, in, n, wide, TAPS, row, run, layer, out, to, out, fate);
 }
 
 /* The largest of every 2x2 square, zero at least: (side, side, channels) -> half that, a margin. */
-static void halve(const number *image, int side, int channels, number *out, int margin)
+static void halve(const feature *image, int side, int channels, feature *out, int margin)
 {
     int wide = side / 2, pitch = wide + 2 * margin;
     for (int y = 0; y < wide; y++)
         for (int x = 0; x < wide; x++) {
-            const number *corner = image + ((size_t)2 * y * side + 2 * x) * channels;
-            number *to = out + ((size_t)(y + margin) * pitch + x + margin) * channels;
+            const feature *corner = image + ((size_t)2 * y * side + 2 * x) * channels;
+            feature *to = out + ((size_t)(y + margin) * pitch + x + margin) * channels;
             for (int c = 0; c < channels; c++) {
-                number best = 0;
-                for (int k = 0; k < 4; k++) {
-                    number value = corner[((size_t)(k / 2) * side + k % 2) * channels + c];
-                    float old = widened(best);
-                    /* A NaN wins and stays. */
-                    best = widened(value) <= old || old != old ? best : value;
-                }
+                feature best = 0;
+                for (int k = 0; k < 4; k++)
+                    best = larger(best, corner[((size_t)(k / 2) * side + k % 2) * channels + c]);
                 to[c] = best;
             }
         }
@@ -176,71 +188,74 @@ size_t scratch_size(int pooled, int first, int second)
     size_t padded = SIDE + 2 * MARGIN, half = SIDE / 2, inner = half + 2 * MARGIN;
     size_t images = pooled ? 1 : PIXELS, large = SIDE * SIDE * (size_t)first;
     size_t small = half * half * second, whole = large > small ? large : small;
-    size_t padding = padded * padded + inner * inner * first;
-    return sizeof(number) * (images * padding + (pooled ? whole : 0));
+    size_t middle = images * inner * inner * first + (pooled ? whole : 0);
+    return images * padded * padded * sizeof(number) + middle * sizeof(feature) + STEP;
 }
 
 /* `images` (n, 28, 28) -> `out` (n, 7, 7, second width). Runs of 5 * inputs numbers are filled up
-   with zeros to a multiple of PAIR; widths are multiples of LANES; `scratch` holds scratch_size
-   zeros. */
+   with zeros to whole words, of features to whole steps; widths are multiples of LANES; `scratch`
+   holds scratch_size zeros. */
 void features(const float *images, int n, int pooled, const struct layer *layer1,
-              const struct layer *layer2, number *scratch, number *out)
+              const struct layer *layer2, number *scratch, feature *out)
 {
     /* PIXELS images at once fill the tiles and stay in the second-level cache. */
     int group = pooled ? 1 : PIXELS, half = SIDE / 2, padded = SIDE + 2 * MARGIN;
     int first = layer1->width, second = layer2->width;
     size_t inner = (size_t)(half + 2 * MARGIN) * (half + 2 * MARGIN) * first;
-    /* A run that was filled up ends, with a weight of zero, in the number after it, which at the end
-       of a row is in the margin of the next row or image. */
-    number *outer = scratch, *middle = outer + group * padded * padded;
-    number *whole = middle + group * inner;
+    /* A run that was filled up ends, with weights of zero, in the numbers after it: in the next row or
+       image, or in what scratch has to spare. */
+    number *outer = scratch;
+    feature *middle = (feature *)(outer + group * padded * padded), *whole = middle + group * inner;
     for (int start = 0; start < n; start += group) {
         int count = n - start < group ? n - start : group;
         put_images(images + (size_t)start * SIDE * SIDE, count, outer);
-        number *to = out + (size_t)start * half * half / 4 * second;
+        feature *to = out + (size_t)start * half * half / 4 * second;
         if (pooled) {
-            convolve(outer, 1, SIDE, 1, 1, layer1, whole, 0, PLAIN);
+            convolve(OF_PIXELS, outer, 1, SIDE, 1, 1, layer1, whole, 0, PLAIN);
             halve(whole, SIDE, first, middle, MARGIN);
-            convolve(middle, 1, half, 1, first, layer2, whole, 0, PLAIN);
+            convolve(OF_FEATURES, middle, 1, half, 1, first, layer2, whole, 0, PLAIN);
             halve(whole, half, second, to, 0);
         } else {
-            convolve(outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
-            convolve(middle, count, half, 2, first, layer2, to, 0, RECTIFIED);
+            convolve(OF_PIXELS, outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
+            convolve(OF_FEATURES, middle, count, half, 2, first, layer2, to, 0, RECTIFIED);
         }
     }
 }
 
 static inline __attribute__((always_inline)) void connect_by(
-    int vectors, const number *in, int n, int inputs, const struct layer *layer, float *out)
+    int pixels, int vectors, enum kind kind, const feature *in, int n, int inputs,
+    const struct layer *layer, float *out)
 {
-    const int pixels = MOST / vectors;
     for (int c = 0; c < layer->width; c += vectors * LANES)
         for (int first = 0; first < n; first += pixels) {
-            const number *from[MOST];
+            const char *from[MOST];
             float *to[MOST];
             vector total[MOST][2];
             for (int p = 0; p < pixels; p++) {
                 size_t at = first + p < n ? first + p : n - 1;
-                from[p] = in + at * inputs;
+                from[p] = (const char *)(in + at * inputs);
                 to[p] = out + at * layer->width + c;
             }
-            tile(pixels, vectors, from, 1, 0, inputs, layer, c, total);
+            tile(pixels, vectors, kind, from, 1, 0, inputs * sizeof(feature), layer, c, total);
             for (int p = 0; p < pixels; p++)
                 for (int v = 0; v < vectors; v++)
                     *(vector *)(to[p] + v * LANES) = rectified(total[p][v]);
         }
 }
 
-/* A fully connected layer and its ReLU: `in` (n, inputs) -> `out` (n, width). */
-void connected(const number *in, int n, int inputs, const struct layer *layer, float *out)
+/* A fully connected layer and its ReLU: `in` (n, inputs), whole steps, -> `out` (n, width). */
+void connected(const feature *in, int n, int inputs, const struct layer *layer, float *out)
 {
-    if (layer->width % (2 * LANES))
-        connect_by(1, in, n, inputs, layer, out);
+    int one = layer->width % (2 * LANES);
+    if (STEP > WORD)
+        one ? connect_by(FEW, 1, OF_FEATURES, in, n, inputs, layer, out)
+            : connect_by(FEW / 2, 2, OF_FEATURES, in, n, inputs, layer, out);
     else
-        connect_by(2, in, n, inputs, layer, out);
+        one ? connect_by(MOST, 1, OF_PIXELS, in, n, inputs, layer, out)
+            : connect_by(PIXELS, 2, OF_PIXELS, in, n, inputs, layer, out);
 }
 
-#if !defined(BFLOAT16) && !defined(INT16)
+#ifdef FLOAT32
 
 /* Bytes that `gradients` needs as scratch. */
 size_t gradients_scratch_size(int first, int second)
@@ -266,13 +281,15 @@ void gradients(const float *images, int n, int second, const struct layer *layer
     float *outer = scratch, *middle = outer + PIXELS * padded * padded;
     float *middle_slope = middle + PIXELS * wide * middle_row;
     float *last_slope = middle_slope + PIXELS * wide * middle_row;
-    struct steps last = {narrow * last_row, last_row, second};
-    struct steps every_other = {wide * middle_row, 2 * middle_row, 2 * first};
-    struct steps every = {wide * middle_row, middle_row, first}, squares = {SIDE * SIDE, 2 * SIDE, 2};
+    size_t size = sizeof(float), middle_image = wide * middle_row * size;
+    struct steps last = {narrow * last_row * size, last_row * size, second * size};
+    struct steps every_other = {middle_image, 2 * middle_row * size, 2 * first * size};
+    struct steps every = {middle_image, middle_row * size, first * size};
+    struct steps squares = {SIDE * SIDE * size, 2 * SIDE * size, 2 * size};
     for (int start = 0; start < n; start += PIXELS) {
         int count = n - start < PIXELS ? n - start : PIXELS;
         put_images(images + (size_t)start * SIDE * SIDE, count, outer);
-        convolve(outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
+        convolve(OF_PIXELS, outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
         for (int i = 0; i < count; i++)
             for (int y = 0; y < quarter; y++) {
                 size_t from = ((size_t)(start + i) * quarter + y) * quarter * second;
@@ -283,12 +300,13 @@ void gradients(const float *images, int n, int second, const struct layer *layer
         for (int y = 0; y < 2; y++)
             for (int x = 0; x < 2; x++) {
                 size_t at = (MARGIN + y) * middle_row + (MARGIN + x) * first;
-                convolve_all(last_slope + y * last_row + x * second, last, count, quarter, 3 - y, last_row,
-                             (3 - x) * second, back2 + 2 * y + x, middle_slope + at, every_other,
-                             middle + at, GATED);
+                convolve_all(OF_FEATURES, last_slope + y * last_row + x * second, last, count, quarter,
+                             3 - y, last_row * size, (3 - x) * second * size, back2 + 2 * y + x,
+                             middle_slope + at, every_other, middle + at, GATED);
             }
-        convolve_all(middle_slope + (MARGIN - 1) * (middle_row + first), every, count, half, 3, middle_row,
-                     3 * first, back1, out + (size_t)start * SIDE * SIDE, squares, out, SQUARE);
+        convolve_all(OF_FEATURES, middle_slope + (MARGIN - 1) * (middle_row + first), every, count, half, 3,
+                     middle_row * size, 3 * first * size, back1, out + (size_t)start * SIDE * SIDE, squares,
+                     out, SQUARE);
     }
 }
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from src.checks import check_shape
 from src.folded import FLOATS, FoldedConvNN, VotingOutput, as_one_call, ramp
-from src.quantized import QuantizedConvNN, is_finite
+from src.quantized import INTEGERS, QuantizedConvNN, is_finite
 
 _SOURCE = Path(__file__).with_suffix(".c")
 # Making one call of a network by TorchScript takes about as long as a few thousand votes.
@@ -102,6 +102,8 @@ class NativeConvNN(nn.Module):
 
     def hidden(self, features: Tensor) -> Tensor:
         """The hidden layer of integer features, float32 (B, width)."""
+        if features.element_size() == 1:
+            features = F.pad(features, (0, -features.shape[1] % 16))
         layer, (n, inputs) = self.layers[2], features.shape
         out = features.new_empty((n, layer.width), dtype=torch.float32)
         self.library.connected(features.data_ptr(), n, inputs, ctypes.byref(layer), out.data_ptr())
@@ -122,14 +124,16 @@ def rows_of(kernel: Tensor) -> Tensor:
 def in_order(rows: Tensor, lanes: int) -> Tensor:
     """A kernel (rows, numbers, channels) in the order in which `native.c` adds it up.
 
-    (groups, rows, numbers, channels of a group), a group being two vectors of channels, or one.
-    Numbers of 16 bits go by two, (groups, rows, pairs, channels of a group, 2), a row filled up
-    with a zero if they are odd.
+    (groups, rows, words, channels of a group, numbers of a word), a word being four bytes and a
+    group two vectors of channels, or one. Rows are filled up with zeros to whole words, of 8 bits
+    to steps of 16 numbers.
     """
+    word = 4 // rows.element_size()
+    step = 16 if rows.dtype == torch.int8 else word
     group = lanes if rows.shape[2] % (2 * lanes) else 2 * lanes
-    if rows.dtype != torch.float32:
-        rows = F.pad(rows, (0, 0, 0, rows.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
-    return rows.unflatten(2, (-1, group)).movedim(2, 0).contiguous()
+    rows = F.pad(rows, (0, 0, 0, -rows.shape[1] % step))
+    words = rows.unflatten(1, (-1, word)).transpose(2, 3)
+    return words.unflatten(2, (-1, group)).movedim(2, 0).contiguous()
 
 
 def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn.Module:
@@ -145,8 +149,8 @@ def voting_form(network: nn.Module, precision: str, *, often: bool = True) -> nn
     library = _library(network, precision)
     if library:
         return NativeConvNN(form, library).eval()
-    if precision == "int16":
-        warnings.warn("'int16' goes through float64 here, which is slow.", stacklevel=2)
+    if precision in INTEGERS:
+        warnings.warn(f"{precision!r} goes through float64 here, which is slow.", stacklevel=2)
         return form
     on_cpu = network.output.weight.device.type == "cpu"
     return as_one_call(form) if often and on_cpu else form
@@ -161,7 +165,7 @@ def _library(network: nn.Module, precision: str) -> ctypes.CDLL | None:
     if library is None or (precision == "bfloat16" and library.matrix_units()):
         return None
     widths = [network.conv1.out_channels, network.conv2.out_channels]
-    if precision == "int16" and network.hidden is not None:
+    if precision in INTEGERS and network.hidden is not None:
         widths.append(network.hidden.out_features)
     return None if any(width % library.lanes() for width in widths) else library
 
@@ -209,20 +213,21 @@ def fastest_precision(
     """The precision in which `network` evaluates fastest where it is, measured.
 
     bfloat16 is several times as fast on processors and GPUs with units for it and many times
-    slower on others, where int16 is ahead of float32 if there is a compiler. Short turns, of which
-    the fastest counts, and `margin` make it likely that another call answers the same.
+    slower on others, where integers are ahead of float32 if there is a compiler. Short turns, of
+    which the fastest counts, and `margin` make it likely that another call answers the same.
 
     Args:
         network: a ConvNN on the device to measure.
-        others: that are to vote in the same precision: int16 only if all of them can in C.
+        others: that are to vote in the same precision: integers only if all of them can in C.
         seconds: to spend on each precision, about.
-        margin: bfloat16 must be so many times as fast as float32 to be chosen, and int16 as the one
-            chosen so far.
+        margin: each, in the order of PRECISIONS, must be so many times as fast as the one chosen so
+            far to be chosen.
     """
     images = next(network.parameters()).new_zeros(128, 1, 28, 28)
     forms = {name: voting_form(network, name, often=False) for name in FLOATS}
-    if all(_library(each, "int16") and is_finite(each) for each in (network, *others)):
-        forms["int16"] = voting_form(network, "int16", often=False)
+    for name in INTEGERS:
+        if all(_library(each, name) and is_finite(each) for each in (network, *others)):
+            forms[name] = voting_form(network, name, often=False)
     threads, turns = torch.get_num_threads(), 5
     rates = dict.fromkeys(forms, 0.0)
     try:

@@ -1,11 +1,14 @@
-/* The numbers that native.c computes with: float32, with -DBFLOAT16 bfloat16, with -DINT16
-   integers of 16 bits. Each section says what a number is, how many are multiplied at once (PAIR), in
-   what steps of 1 / UNIT pixels are counted, at what LIMIT integers are cut, and:
-   begun        the sum with which to begin, given the biases
-   add_product  a sum plus PAIR numbers of a pixel times the kernels of LANES channels
-   finished     the sum with the biases, as the next layer counts
-   store        values as the nearest numbers, ties to even; a NaN stays one, as an integer 0
-   widened      a number as a float */
+/* The numbers that native.c computes with: float32, with -DBFLOAT16 bfloat16, with -DINT16 or -DINT8
+   integers of 16 bits, or of 8 from the first features on. Each section says what a number, a pixel, and
+   a feature is, in what steps of 1 / UNIT pixels are counted, at what LIMIT integers are cut, how many
+   bytes of features are added up at once (STEP), and:
+   begun           the sum with which to begin, given the biases
+   add_product     a sum plus a WORD of numbers times the kernels of LANES channels
+   add_features    the same of STEP features, where that is more than a WORD
+   finished        the sum with the biases, as the next layer counts
+   store           values as the nearest numbers, ties to even; a NaN stays one, as an integer 0
+   store_features  values as the nearest features
+   larger          of two features; a NaN is larger than any number */
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -36,9 +39,10 @@ static inline bits in_every_lane(const void *two) { return *(const pair *)two - 
 
 typedef unsigned short number;
 typedef vector sums;
-enum { PAIR = 2, UNIT = 1, PIXEL_LIMIT = 0, FEATURE_LIMIT = 0 };
+enum { UNIT = 1, PIXEL_LIMIT = 0, FEATURE_LIMIT = 0 };
+#define STEP 4
 
-static inline sums add_product(sums sum, const number *pixel, bits kernel)
+static inline sums add_product(sums sum, const void *pixel, bits kernel)
 {
     bits two = in_every_lane(pixel);
 #if LANES == 16 && defined(__AVX512BF16__)
@@ -66,17 +70,30 @@ static inline float widened(number value)
     return as.real;
 }
 
-#elif defined(INT16)
+static inline number larger(number a, number b)
+{
+    return widened(b) <= widened(a) || widened(a) != widened(a) ? a : b;
+}
+
+#elif defined(INT16) || defined(INT8)
 
 /* Which half of 32 bits is the first of two numbers. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the last byte is not the highest");
 
 typedef short number;
 typedef bits sums;
-/* Sums fit into 32 bits by how src/quantized.py chooses the kernels, which has these limits. */
-enum { PAIR = 2, UNIT = 2048, PIXEL_LIMIT = 32767, FEATURE_LIMIT = 8191 };
+/* Sums fit into 32 bits by how src/quantized.py chooses the kernels, which has these limits; so do
+   those of 8 features into 16 bits, of 8 bits each. */
+enum { UNIT = 2048, PIXEL_LIMIT = 32767 };
+#ifdef INT8
+enum { FEATURE_LIMIT = 127 };
+#define STEP 16
+#else
+enum { FEATURE_LIMIT = 8191 };
+#define STEP 4
+#endif
 
-static inline sums add_product(sums sum, const number *pixel, bits kernel)
+static inline sums add_product(sums sum, const void *pixel, bits kernel)
 {
 #if LANES == 16 && defined(__AVX512VNNI__)
     return (sums)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)in_every_lane(pixel), (__m512i)kernel);
@@ -85,9 +102,37 @@ static inline sums add_product(sums sum, const number *pixel, bits kernel)
 #elif LANES == 8 && defined(__AVX2__)
     return sum + (sums)_mm256_madd_epi16((__m256i)in_every_lane(pixel), (__m256i)kernel);
 #else
-    return sum + pixel[0] * (kernel << 16 >> 16) + pixel[1] * (kernel >> 16);
+    bits two = in_every_lane(pixel);
+    return sum + (two << 16 >> 16) * (kernel << 16 >> 16) + (two >> 16) * (kernel >> 16);
 #endif
 }
+
+#ifdef INT8
+/* Four words of features. Products of neighbours are added in 16 bits, and so are four such sums. */
+static inline sums add_features(sums sum, const void *pixel, const bits *kernel)
+{
+    const char *word = pixel;
+#if LANES == 16 && defined(__AVX512VNNI__)
+    for (int k = 0; k < 4; k++)
+        sum = (sums)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)in_every_lane(word + 4 * k),
+                                        (__m512i)kernel[k]);
+    return sum;
+#elif LANES == 8 && defined(__AVX2__)
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)in_every_lane(word), (__m256i)kernel[0]);
+    for (int k = 1; k < 4; k++)
+        pairs = _mm256_add_epi16(
+            pairs, _mm256_maddubs_epi16((__m256i)in_every_lane(word + 4 * k), (__m256i)kernel[k]));
+    return sum + (sums)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    for (int k = 0; k < 4; k++) {
+        bits four = in_every_lane(word + 4 * k);
+        for (int byte = 0; byte < 4; byte++)
+            sum += (four >> 8 * byte & 255) * (kernel[k] << (24 - 8 * byte) >> 24);
+    }
+    return sum;
+#endif
+}
+#endif
 
 static inline sums begun(vector bias) { (void)bias; return (sums){0}; }
 
@@ -110,17 +155,17 @@ static inline void store(number *to, vector values, int limit)
     *(shorts *)to = __builtin_convertvector(whole, shorts);
 }
 
-static inline float widened(number value) { return value; }
-
 #else
 
+#define FLOAT32
 typedef float number;
 typedef vector sums;
-enum { PAIR = 1, UNIT = 1, PIXEL_LIMIT = 0, FEATURE_LIMIT = 0 };
+enum { UNIT = 1, PIXEL_LIMIT = 0, FEATURE_LIMIT = 0 };
+#define STEP 4
 
-static inline sums add_product(sums sum, const number *pixel, bits kernel)
+static inline sums add_product(sums sum, const void *pixel, bits kernel)
 {
-    return sum + *pixel * (vector)kernel;
+    return sum + *(const number *)pixel * (vector)kernel;
 }
 
 static inline void store(number *to, vector values, int limit)
@@ -129,11 +174,9 @@ static inline void store(number *to, vector values, int limit)
     *(vector *)to = values;
 }
 
-static inline float widened(number value) { return value; }
-
 #endif
 
-#ifndef INT16
+#if defined(BFLOAT16) || defined(FLOAT32)
 
 /* Floats begin with the biases, in the steps of the next layer. */
 static inline sums begun(vector bias) { return bias; }
@@ -144,4 +187,44 @@ static inline vector finished(sums sum, const float *bias, const float *scale)
     return sum;
 }
 
+#endif
+
+#ifdef INT8
+
+typedef unsigned char feature;
+typedef unsigned char bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+/* Sums of integers are never NaN. */
+static inline void store_features(feature *to, vector values)
+{
+#if LANES == 8 && defined(__AVX2__)
+    /* Rounds to even, and cuts at zero where it packs. */
+    __m256i whole = _mm256_cvtps_epi32(_mm256_min_ps((__m256)values, _mm256_set1_ps(FEATURE_LIMIT)));
+    __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(half, half));
+#else
+    short whole[LANES];
+    store(whole, values, FEATURE_LIMIT);
+    *(bytes *)to = __builtin_convertvector(*(shorts *)whole & ~(*(shorts *)whole < 0), bytes);
+#endif
+}
+
+#else
+
+typedef number feature;
+
+/* Of one step there are no features but numbers. */
+static inline sums add_features(sums sum, const void *pixel, const bits *kernel)
+{
+    return add_product(sum, pixel, kernel[0]);
+}
+
+static inline void store_features(feature *to, vector values) { store(to, values, FEATURE_LIMIT); }
+
+#endif
+
+#ifdef FLOAT32
+static inline float larger(float a, float b) { return b <= a || a != a ? a : b; }
+#elif !defined(BFLOAT16)
+static inline feature larger(feature a, feature b) { return b > a ? b : a; }
 #endif

@@ -232,7 +232,7 @@ def test_another_precision_is_refused(network):
             call()
 
 
-@pytest.mark.filterwarnings("ignore:'int16' goes through float64")
+@pytest.mark.filterwarnings("ignore:'int.*' goes through float64")
 def test_votes_are_those_of_the_network_in_its_precision(network):
     # sigma = 2 leaves many votes close: rounding casts some of them differently.
     image, n = images_of(1)[0], 512
@@ -253,7 +253,12 @@ def test_votes_are_those_of_the_network_in_its_precision(network):
 @pytest.mark.parametrize(("speed", "expected"), [(3, "bfloat16"), (1.1, "float32"), (0, "float32")])
 def test_the_faster_precision_is_chosen(network, monkeypatch, speed, expected):
     def rate(form, images, seconds):
-        return {torch.float32: 10.0, torch.bfloat16: 10.0 * speed, torch.int16: 1.0}[form.dtype]
+        return {
+            torch.float32: 10.0,
+            torch.bfloat16: 10.0 * speed,
+            torch.int16: 1.0,
+            torch.uint8: 1.0,
+        }[form.dtype]
 
     monkeypatch.setattr(native, "_rate", rate)
     assert fastest_precision(network) == expected

@@ -20,6 +20,7 @@ from src.native import (
     form_name,
     voting_form,
 )
+from src.quantized import INTEGERS
 
 # Where there is no compiler, the project does without these convolutions as well.
 COMPILER = (shlex.split(os.environ.get("CC", "cc")) or ["none"])[0]
@@ -29,6 +30,7 @@ SHAPES = [
     {"channels": (8, 24)},
     {"channels": (16, 32)},
     {"channels": (32, 48), "hidden": 48},
+    {"channels": (8, 8), "hidden": 8},
     {"channels": (16, 16), "pooled": True},
     {"channels": (32, 16), "pooled": True, "thresholds": (0.4, 0.6)},
 ]
@@ -88,10 +90,11 @@ def test_it_is_the_function_of_the_network(case, count):
         torch.testing.assert_close(form(images), expected, rtol=rounding, atol=tolerance)
 
 
-def test_integers_are_the_same_to_the_bit(options_and_lanes):
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_integers_are_the_same_to_the_bit(options_and_lanes, precision):
     lanes, options = options_and_lanes
-    through_torch = trained(**options).inference_form("int16")
-    form = NativeConvNN(through_torch, compiled("int16", f"-DLANES={lanes}"))
+    through_torch = trained(**options).inference_form(precision)
+    form = NativeConvNN(through_torch, compiled(precision, f"-DLANES={lanes}"))
     # Noise far outside of the pixels, some of it beyond what an integer stands for.
     images = images_of(13) + 4 * torch.randn(13, 1, 28, 28, generator=seeded(2))
     images[0] *= 1e4
@@ -99,13 +102,16 @@ def test_integers_are_the_same_to_the_bit(options_and_lanes):
     # The largest sum that there is: every pixel as far as it counts, on the side of its weight.
     images[2, 0, 12:17, 12:17] = 100 * through_torch.kernel1[0, 0].sign()
     features = through_torch.features(images)
-    assert features.dtype == torch.int16
-    assert features.float().std() > 10
+    assert features.dtype == INTEGERS[precision].dtype
+    assert features.float().std() > 5
     # A NaN is an integer as well, whatever the processor makes of one.
     images[5, 0, 7, 7], images[6, 0, 7, 7] = float("nan"), 0
     features = through_torch.features(images)
     assert torch.equal(form.features(images), features)
     if options.get("hidden"):
+        # The largest sums of some channels, every feature as large as it may be.
+        largest = through_torch.kernel3.sign().clamp(min=0) * INTEGERS[precision].limit
+        features = torch.cat([features, largest.to(features.dtype)])
         assert torch.equal(form.hidden(features), through_torch.hidden(features))
 
 
@@ -176,28 +182,30 @@ def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch
 @pytest.mark.parametrize(
     ("speeds", "expected"),
     [
-        ((1, 0.1, 1.4), "int16"),
-        ((1, 0.1, 1.1), "float32"),
-        ((1, 3, 3.2), "bfloat16"),
-        ((1, 3, 4), "int16"),
-        ((1, 1.1, 1.2), "int16"),
+        ((1, 0.1, 1.4, 1.5), "int16"),
+        ((1, 0.1, 1.4, 1.7), "int8"),
+        ((1, 0.1, 1.1, 1.1), "float32"),
+        ((1, 3, 3.2, 3.3), "bfloat16"),
+        ((1, 3, 4, 4), "int16"),
+        ((1, 1.1, 1.2, 1.3), "int16"),
     ],
 )
 def test_the_fastest_precision_is_clearly_faster(speeds, expected, monkeypatch):
-    rates = dict(zip((torch.float32, torch.bfloat16, torch.int16), speeds, strict=True))
+    dtypes = (torch.float32, torch.bfloat16, torch.int16, torch.uint8)
+    rates = dict(zip(dtypes, speeds, strict=True))
 
     def rate(form, images, seconds):
         # On a busy machine most turns are slow ones.
-        return rates[form.dtype] / (1 + next(turns) // 3 % 5)
+        return rates[form.dtype] / (1 + next(turns) // 4 % 5)
 
-    turns = itertools.count(3)
+    turns = itertools.count(4)
     monkeypatch.setattr("src.native._rate", rate)
     assert fastest_precision(trained()) == expected
 
 
 def test_integers_are_not_chosen_where_a_network_has_none_in_c(monkeypatch):
-    monkeypatch.setattr("src.native._rate", lambda form, *_: 1 + (form.dtype == torch.int16))
-    assert fastest_precision(trained()) == "int16"
+    monkeypatch.setattr("src.native._rate", lambda form, *_: 1 + (form.dtype == torch.uint8))
+    assert fastest_precision(trained()) == "int8"
     broken = trained()
     broken.output.bias.data[0] = float("nan")
     for other in (trained(channels=(16, 20)), trained(hidden=20), broken):
@@ -205,8 +213,9 @@ def test_integers_are_not_chosen_where_a_network_has_none_in_c(monkeypatch):
         assert fastest_precision(other) == "float32"
 
 
-def test_integers_cast_the_same_votes_without_a_compiler(monkeypatch):
-    smooth = SmoothClassifier(trained(hidden=16), 1.0, precision="int16")
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_integers_cast_the_same_votes_without_a_compiler(precision, monkeypatch):
+    smooth = SmoothClassifier(trained(hidden=16), 1.0, precision=precision)
     images, votes = images_of(2).clamp(0, 1), []
     votes.append(smooth.certify(images, n0=100, n=2000, alpha=0.05))
     monkeypatch.setattr("src.native.compiled", lambda precision: None)

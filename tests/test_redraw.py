@@ -14,7 +14,7 @@ SETTINGS = {"n0": 100, "n": 500, "alpha": 0.001, "seed": 3, "two_sided": True}
 INDICES = [7, 1234, 9999]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int16", "int8"])
 def recorded(request, tmp_path_factory, mnist_root):
     """Rows of an untrained network, whose votes are close, and its checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
