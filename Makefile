@@ -35,17 +35,19 @@ ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 
 reference: $(VENV)/ready
 	$(BIN)/python -m src.mnist_files
-	for recipe in "0.25 40" "0.50 65" "1.00 65"; do \
-	  set -- $$recipe; \
-	  $(SMOOTHING) --sigma $$1 --epochs $$2 --method smoothadv-consistency \
-	    --name smoothing_best_$$1 || exit 1; \
-	  $(SMOOTHING) --sigma $$1 --epochs 100 --votes $$(test $$1 = 1.00 && echo float32 || echo int16) \
-	    --name smoothing_gaussian_$$1 || exit 1; \
+	for recipe in "0.25 40" "0.50 120 --consistency 2 --optimizer muon --votes int8" \
+	    "1.00 120 --consistency 2 --optimizer muon --votes int8"; do \
+	  set -- $$recipe; sigma=$$1; epochs=$$2; shift 2; \
+	  $(SMOOTHING) --sigma $$sigma --epochs $$epochs --method smoothadv-consistency "$$@" \
+	    --name smoothing_best_$$sigma || exit 1; \
+	  $(SMOOTHING) --sigma $$sigma --epochs 100 \
+	    --votes $$(test $$sigma = 1.00 && echo float32 || echo int16) \
+	    --name smoothing_gaussian_$$sigma || exit 1; \
 	done
 	for seed in 0 1 2; do \
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
-	  test $$seed = 2 || $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
+	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
 	    --attack pgd --steps 5 --hidden 512 --shift 1 --epochs 16 || exit 1; \
 	done
 	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 5 --hidden 512 --epochs 16
