@@ -1,4 +1,5 @@
-/* The two convolutions of ConvNN in evaluation mode, normalisation folded in, for a processor.
+/* The two convolutions of ConvNN in evaluation mode, normalisation folded in, for a processor, and
+   with floats of 32 bits their gradients by the images.
 
    Every output pixel is a sum over 5 rows of a padded image whose channels lie last: in each row
    5 * inputs consecutive numbers. A tile of pixels by one or two vectors of LANES channels stays
