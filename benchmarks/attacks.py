@@ -74,11 +74,10 @@ def main():
         schedule = ramped_adversarial_loss(attack, EPSILON)
         train_model(model, train, epochs=1, loss_schedule=schedule, progress=False)
         ours = partial(pgd_attack, epsilon=EPSILON, early_stop=True)
-        pairs = []
-        for seed in range(args.repeat + 1):
-            pairs.append([timed(model, test, call, args.steps, seed) for call in (plain_pgd, ours)])
-        # The first time is not counted.
-        pairs = pairs[1:]
+        pairs = [
+            [timed(model, test, call, args.steps, seed) for call in (plain_pgd, ours)]
+            for seed in range(args.repeat + 1)
+        ][1:]
         slow, fast = (statistics.median(pair[side][0] for pair in pairs) for side in (0, 1))
         ratio = statistics.median(plain[0] / here[0] for plain, here in pairs)
         left = [statistics.mean(pair[side][1] for pair in pairs) for side in (0, 1)]

@@ -117,7 +117,7 @@ def layer_of(kernel: Tensor, bias: Tensor, scale: Tensor) -> _Layer:
 
 
 def rows_of(kernel: Tensor) -> Tensor:
-    """A kernel (channels, inputs, 5, 5) as (5, 5 * inputs, channels)."""
+    """A kernel (channels, inputs, rows, columns) as (rows, columns * inputs, channels)."""
     return kernel.permute(2, 3, 1, 0).flatten(1, 2)
 
 

@@ -8,7 +8,10 @@ from src.convnn import ConvNN, evaluation_form
 from src.folded import FoldedConvNN, ramp
 from src.native import compiled
 from src.native_gradient import AttackedConvNN, attacked_form
-from tests.test_native import images_of, pytestmark, trained  # noqa: F401
+from tests import test_native
+from tests.test_native import images_of, trained
+
+pytestmark = test_native.pytestmark
 
 SHAPES = [
     {"channels": (8, 24)},
