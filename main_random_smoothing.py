@@ -21,7 +21,8 @@ from src.utils import get_device, load_training_data, seed_everything
 NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
-TRAINING += ("consistency", "channels", "hidden", "held_out", "precision", "optimizer", "quick")
+TRAINING += ("consistency", "confidence", "channels", "hidden", "held_out", "precision")
+TRAINING += ("optimizer", "quick")
 
 
 def main(argv=None):
@@ -95,7 +96,10 @@ def train(images, held_out, args, device):
         smooth,
         images,
         loss_schedule=ramped_smoothing_loss(
-            args.method, epsilon=args.epsilon, consistency=args.consistency
+            args.method,
+            epsilon=args.epsilon,
+            consistency=args.consistency,
+            confidence=args.confidence,
         ),
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -127,6 +131,9 @@ def option_parser():
     )
     parser.add_argument(
         "--consistency", type=number(), help="weight of Consistency; default: that of the method"
+    )
+    parser.add_argument(
+        "--confidence", type=number(), help="power of the weight of an image; default: the method's"
     )
     parser.add_argument(
         "--every", type=count(), default=100, help="certify every so many test images"

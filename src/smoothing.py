@@ -19,6 +19,8 @@ METHODS = {
     "smoothadv": {"draws": 2, "epsilon": 1.0},
     "smoothadv-consistency": {"draws": 2, "epsilon": 1.0, "consistency": 3.0, "entropy": 0.5},
 }
+# The record of this repository: the last one, its images weighted by confidence.
+METHODS["confidence"] = METHODS["smoothadv-consistency"] | {"consistency": 2.0, "confidence": 0.2}
 
 
 def smoothing_loss(
@@ -30,6 +32,7 @@ def smoothing_loss(
     epsilon: float = 0.0,
     consistency: float = 0.0,
     entropy: float = 0.0,
+    confidence: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy under noise, with the terms that the methods add to it.
 
@@ -37,7 +40,10 @@ def smoothing_loss(
     et al., NeurIPS 2019) first moves x by `epsilon` up the loss of the mean prediction under the
     same noise, here in one step. Consistency (Jeong and Shin, NeurIPS 2020) adds
     consistency * mean_i KL(mean p || p_i) + entropy * H(mean p), p_i being the prediction at
-    draw i.
+    draw i. Last, each image's loss may be weighted by (mean_i p_i(label))^confidence: less is spent
+    on images that noise has made hopeless, whose radius is zero anyhow, as CAT-RS does by other
+    means (Jeong et al., AAAI 2023). With one draw and no further term that is the gradient of the
+    generalised cross-entropy (1 - p^q) / q (Zhang and Sabuncu, NeurIPS 2018).
 
     Args:
         smooth: the classifier in training.
@@ -46,6 +52,7 @@ def smoothing_loss(
         draws: noisy copies of each image.
         epsilon: l2 length of the SmoothAdv step, in pixel units; 0 for none.
         consistency, entropy: weights of the two further terms; they need two draws or more.
+        confidence: the power q of the mean probability of the label; 0 weights all images alike.
 
     Returns:
         Scalar loss, and the logits (B, num_classes) of the first draw.
@@ -55,13 +62,16 @@ def smoothing_loss(
         images = _ascend(smooth.base_classifier, images, labels, noise, epsilon)
     logits = _at(smooth.base_classifier, images, noise)
     log_p = F.log_softmax(logits, dim=2)
-    loss = F.nll_loss(log_p.flatten(0, 1), labels.repeat(draws))
+    own = log_p.gather(2, labels.expand(draws, -1)[:, :, None])[:, :, 0]
+    loss = -own.mean(dim=0)
     if consistency or entropy:
         mean = log_p.exp().mean(dim=0).clamp(min=1e-20)
-        cross = -(mean * log_p).sum(dim=2).mean()
-        own = -(mean * mean.log()).sum(dim=1).mean()
-        loss = loss + consistency * (cross - own) + entropy * own
-    return loss, logits[0]
+        cross = -(mean * log_p).sum(dim=2).mean(dim=0)
+        spread = -(mean * mean.log()).sum(dim=1)
+        loss = loss + consistency * (cross - spread) + entropy * spread
+    if confidence:
+        loss = loss * own.detach().exp().mean(dim=0) ** confidence
+    return loss.mean(), logits[0]
 
 
 def _at(base: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
@@ -88,8 +98,8 @@ def ramped_smoothing_loss(
     Args:
         method: one of METHODS.
         ramp: fraction of the training, in (0, 1].
-        weights: `epsilon`, `consistency` or `entropy` of `smoothing_loss` in place of what the
-            method has; None for that.
+        weights: `epsilon`, `consistency`, `entropy` or `confidence` of `smoothing_loss` in place of
+            what the method has; None for that.
 
     Raises:
         ValueError: for another method, and for a weight of a term that the method does not have.

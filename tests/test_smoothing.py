@@ -57,6 +57,48 @@ def test_consistency_is_its_formula(smooth, batch):
     torch.testing.assert_close(loss, cross_entropy + 5 * divergence + 0.5 * entropy)
 
 
+def test_confidence_weights_each_image_by_a_power_of_its_mean_probability(smooth, batch):
+    images, labels = batch
+    own = at(smooth, images, noise_of(3))[:, range(5), labels]
+    weights = own.exp().mean(0) ** 0.7
+    torch.manual_seed(7)
+    loss, _ = smoothing_loss(smooth, *batch, draws=3, confidence=0.7)
+    assert weights.max() > 1.3 * weights.min()
+    torch.testing.assert_close(loss, (weights * -own.mean(0)).mean())
+
+
+def test_confidence_with_one_draw_descends_the_generalised_cross_entropy(smooth, batch):
+    images, labels = batch
+    own = at(smooth, images, noise_of(1))[0, range(5), labels]
+    generalised = ((1 - own.exp() ** 0.7) / 0.7).mean()
+    torch.manual_seed(7)
+    loss, _ = smoothing_loss(smooth, *batch, confidence=0.7)
+    weights = list(smooth.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, weights), torch.autograd.grad(generalised, weights)
+    )
+
+
+def test_confidence_weights_the_further_terms_too(smooth, batch):
+    images, labels = batch
+    losses = []
+    for one in range(5):
+        torch.manual_seed(7)
+        noise = torch.randn(2, 5, 1, 28, 28)[:, one : one + 1]
+        log_p = F.log_softmax(
+            torch.cat([smooth.base_classifier(images[one] + SIGMA * n) for n in noise]), 1
+        )
+        mean, own = log_p.exp().mean(0), log_p[:, labels[one]]
+        divergence = torch.stack([(mean * (mean.log() - p)).sum() for p in log_p]).mean()
+        entropy = -(mean * mean.log()).sum()
+        whole = -own.mean() + 5 * divergence + 0.5 * entropy
+        losses.append(whole * own.exp().mean() ** 0.7)
+    torch.manual_seed(7)
+    terms = {"consistency": 5.0, "entropy": 0.5, "confidence": 0.7}
+    loss, _ = smoothing_loss(smooth, *batch, draws=2, **terms)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
 def test_smoothadv_steps_up_the_loss_of_the_mean_prediction(smooth, batch):
     images, labels = batch
     noise = noise_of(2)
@@ -90,7 +132,8 @@ def test_methods_start_as_gaussian_training_and_grow(smooth, batch):
         full = smoothing_loss(smooth, *batch, **terms)[0].item()
         assert values[0] == plain
         assert values[2] == values[3] == full
-        assert (values[0] < values[1] < values[2]) == (method != "gaussian")
+        if "confidence" not in terms:  # its weights are below one
+            assert (values[0] < values[1] < values[2]) == (method != "gaussian")
 
 
 def test_unknown_method_is_named():
@@ -99,7 +142,12 @@ def test_unknown_method_is_named():
 
 
 @pytest.mark.parametrize(
-    ("method", "weight"), [("smoothadv", "epsilon"), ("smoothadv-consistency", "consistency")]
+    ("method", "weight"),
+    [
+        ("smoothadv", "epsilon"),
+        ("smoothadv-consistency", "consistency"),
+        ("confidence", "confidence"),
+    ],
 )
 def test_a_weight_of_a_method_may_be_another(smooth, batch, method, weight):
     torch.manual_seed(7)
