@@ -3,7 +3,8 @@
 Published certified accuracies are in reference/published_certificates.csv, counted on the images
 0, 20, 40, ... from the per-image rows that the authors of Consistency (NeurIPS 2020), SmoothMix
 (NeurIPS 2021) and CAT-RS (AAAI 2023) publish, caps of the radii restored. Prints a table for each
-sigma and draws reference/figures/published_<sigma>.png.
+sigma, with the distribution of p_A's lower bounds, and draws
+reference/figures/published_<sigma>.png.
 
 With --peers, a file of those per-image rows (tab-separated: dataset, sigma, method, idx, label,
 predict, radius, correct), it also writes the differences of the average certified radius on the
@@ -18,6 +19,8 @@ import gzip
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from src.certificates import read_rows, write_rows
 from src.intervals import paired_difference_interval
 from src.plotting import plot_certified_accuracy
@@ -26,6 +29,7 @@ from src.tables import format_table, summarise
 REFERENCE = Path("reference")
 OURS = ("gaussian", "best")
 SIGMAS = (0.25, 0.5, 1.0)
+QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 
 def our_rows(sigma: float, results: Path) -> dict[str, list[dict]]:
@@ -64,6 +68,24 @@ def published_lines(
         lines.append((name, f"{summary['acr']:.4f}", *shares, f"{tight['acr']:.4f}"))
     header = (f"sigma = {sigma:g}", "ACR", *(f"r={at:g}" for at in radii), "two-sided")
     return format_table(header, lines)
+
+
+def bound_lines(results: Path) -> str:
+    """The table of how p_A's lower bounds are distributed, right predictions or not."""
+    lines = [
+        (
+            f"sigma = {sigma:g}, {name}",
+            *(f"{value:.4f}" for value in np.quantile(_column(rows, "p_lower"), QUANTILES)),
+        )
+        for sigma in SIGMAS
+        for name, rows in our_rows(sigma, results).items()
+    ]
+    header = ("lower bound of p_A", *(f"{100 * quantile:g} % below" for quantile in QUANTILES))
+    return format_table(header, lines)
+
+
+def _column(rows: Iterable[Mapping], name: str) -> list[float]:
+    return [float(row[name]) for row in rows]
 
 
 def difference_lines(rows: Iterable[Mapping]) -> str:
@@ -119,6 +141,7 @@ def main():
             f"Certified accuracy, $\\sigma$ = {sigma:g}, 500 test images, n = 100,000",
             published={name: method["curve"] for name, method in published.items()},
         )
+    print(bound_lines(REFERENCE / "results") + "\n")
     path = REFERENCE / "results" / "published_differences.csv"
     if path.exists():
         print(difference_lines(read_rows(path)))

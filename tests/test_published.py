@@ -29,6 +29,15 @@ def test_table_counts_what_is_certified_at_each_radius():
     assert ours.split() == ["here", "0.1667", "66.7", "33.3", "0.3667"]
 
 
+def test_bounds_are_counted_from_below(tmp_path):
+    bounds = [row | {"p_lower": 0.02 * k} for k, row in enumerate(rows() * 7)]
+    write_rows(tmp_path / "smoothing_best_1.00_certificates.csv", bounds)
+    header, _, line = published.bound_lines(tmp_path).split("\n")
+    assert header.split()[4:10] == ["5", "%", "below", "10", "%", "below"]
+    # 21 values 0, 0.02, ..., 0.4, of which the second has a twentieth below it.
+    assert line.split()[-5:] == ["0.0200", "0.0400", "0.1000", "0.2000", "0.3000"]
+
+
 def test_differences_are_paired_by_image(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "REFERENCE", tmp_path)
     (tmp_path / "results").mkdir()

@@ -77,6 +77,10 @@ def test_tables_beside_the_published_ones_are_those_of_the_rows(sigma):
     assert published.published_lines(sigma, ours, others) in README
 
 
+def test_table_of_the_lower_bounds_is_that_of_the_rows():
+    assert published.bound_lines(RESULTS) in README
+
+
 def test_differences_to_the_published_ones_are_those_of_the_rows():
     rows = read_rows(RESULTS / "published_differences.csv")
     assert published.difference_lines(rows) in README
