@@ -1,4 +1,4 @@
-"""Nine checks that tell when an evaluation of robustness may be void.
+"""Ten checks that tell when an evaluation of robustness may be void.
 
 The checklist of Carlini et al., "On Evaluating Adversarial Robustness" (arXiv:1902.06705), as far
 as a program can go through it. That nothing is found proves nothing; what is found is a reason not
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.convnn import evaluation_form
+from src.few_pixels import few_pixels_attack
 from src.robustness import SINGLE_STEP
 from src.simple_attacks import random_noise, random_search
 from src.training_and_evaluation import correct
@@ -25,6 +26,7 @@ CHECKS = {
     "saturated loss": "use loss='margin'",
     "multi-step weaker": "use more steps, a smaller step_size or more restarts",
     "gradient-free stronger": "gradients mislead here; count what the random search breaks as well",
+    "few pixels stronger": "small steps mislead here; count what few_pixels_attack breaks as well",
     "accuracy rises with epsilon": "use more steps and restarts",
     "above chance": "no image can resist there, so find what stops the attack",
     "noise as strong": "find out why this model's gradients lead nowhere",
@@ -57,7 +59,7 @@ def evaluation_warnings(
         hits: what `attack_hits` found for them. All but the clean images and the single step
             counts as the multi-step attack that is being checked.
         curve: rows of `epsilon_curves`, for "above chance".
-        images: for how many images a ball noise and random search are tried.
+        images: for how many images a ball noise, random search and few pixels are tried.
         search: the attack without gradients: (model, images, labels, epsilon, norm) -> images.
 
     Returns:
@@ -65,12 +67,14 @@ def evaluation_warnings(
         ball is concerned), `images` (how many, out of) `of`, and `advice`.
     """
     broken = _broken_by_multi_step(hits)
+    in_l2 = {ball: fallen for ball, fallen in broken.items() if ball[0] == "l2"}
     found = [
         *_outputs(model, dataset),
         *_multi_step_weaker(hits, broken),
         *_rises_with_epsilon(broken),
         *_above_chance(curve, dataset),
-        *_gradient_free_stronger(model, dataset, hits, broken, images, search),
+        *_stronger("gradient-free stronger", search, model, dataset, hits, broken, images),
+        *_stronger("few pixels stronger", few_pixels_attack, model, dataset, hits, in_l2, images),
         *_noise_as_strong(model, dataset, hits, broken, images),
     ]
     worst = {}
@@ -210,23 +214,28 @@ def _above_chance(curve: Sequence[Mapping], dataset: TensorDataset) -> list[dict
     ]
 
 
-def _gradient_free_stronger(
-    model, dataset, hits: Hits, broken: Mapping, images: int, search: Callable
+# Check -> how its attack is called in a sentence.
+_OTHERS = {
+    "gradient-free stronger": "random search",
+    "few pixels stronger": "moving a few pixels far",
+}
+
+
+def _stronger(
+    check: str, attack: Callable, model, dataset, hits: Hits, broken: Mapping, images: int
 ) -> list[dict]:
-    """Balls in which random search breaks images that the multi-step attack left standing."""
+    """Balls in which `attack` breaks images that the multi-step attack left standing."""
     warnings = []
     for (norm, epsilon), by_many in broken.items():
         standing = (hits["none", "", 0.0] & ~by_many).nonzero()[:, 0]
         if not len(standing):
             continue
         few = spread(subset(dataset, standing), images)
-        right = correct(model, few, attack=partial(search, epsilon=epsilon, norm=norm))
+        right = correct(model, few, attack=partial(attack, epsilon=epsilon, norm=norm))
         count = int((~right).sum())
         if count > allowed(len(few)):
-            seen = "that withstand the gradient are broken by random search"
-            warnings.append(
-                _warning("gradient-free stronger", seen, count, len(few), norm, epsilon)
-            )
+            seen = f"that withstand the gradient are broken by {_OTHERS[check]}"
+            warnings.append(_warning(check, seen, count, len(few), norm, epsilon))
     return warnings
 
 

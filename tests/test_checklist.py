@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from src.attack_evaluation import attack_evaluation
 from src.checklist import (
@@ -216,10 +217,40 @@ def test_another_search_can_take_the_place_of_the_random_one():
     assert found["gradient-free stronger"]["images"] == 50
 
 
+class Counts(nn.Module):
+    """Class 1 where more than `least` pixels are white, behind a ramp with a gradient of one."""
+
+    least = 6.5
+
+    def forward(self, images):
+        behind = ((images - 0.4) / 0.2).clamp(0, 1)
+        seen = images + (behind - images).detach()
+        lead = seen.flatten(1).sum(dim=1) - self.least
+        return torch.stack([-lead, lead], dim=1)
+
+
+def test_many_small_steps_miss_what_a_few_pixels_break():
+    # A black image becomes one of class 1 with 7 white pixels or 14 grey ones, within 2 in l2;
+    # PGD's steps move all 64 alike, by a quarter. The white images are far from anything.
+    labels = torch.arange(100) % 2
+    dataset = TensorDataset(labels[:, None, None, None].float().expand(100, 1, 8, 8), labels)
+    hits = attack_hits(Counts(), dataset, steps=20, radii=[("l2", 2.0)], progress=False)
+    assert all(right.all() for right in hits.values())
+    warning = warnings_of(Counts(), dataset, hits)["few pixels stronger"]
+    assert [warning[key] for key in ("norm", "epsilon", "images", "of")] == ["l2", 2.0, 50, 100]
+    assert "a few pixels far" in warning["seen"]
+
+
+def test_few_pixels_are_tried_in_l2_only():
+    dataset = TensorDataset(torch.zeros(10, 1, 8, 8), torch.zeros(10, dtype=torch.int64))
+    hits = hits_of({("2x PGD-5", "linf", 0.55): []}, images=10)
+    assert "few pixels stronger" not in warnings_of(Counts(), dataset, hits)
+
+
 def test_warnings_are_one_sentence_each_and_go_to_json():
     warnings = list(warnings_of(Between(before=quantised)).values())
     lines = warning_lines(warnings).split("\n")
-    assert lines[0] == f"checklist: 9 checks, {len(warnings)} warnings"
+    assert lines[0] == f"checklist: {len(CHECKS)} checks, {len(warnings)} warnings"
     assert len(lines) == 1 + len(warnings)
     for line, short, warning in zip(lines[1:], short_warnings(warnings), warnings, strict=True):
         assert warning["check"] in line
