@@ -12,6 +12,7 @@ from pathlib import Path
 from src.adversarial import (
     collapsed_epochs,
     held_out_watch,
+    noisy_adversarial_loss,
     ramped_adversarial_loss,
     training_attack,
 )
@@ -69,10 +70,6 @@ def train(images, held_out, args, device):
         f"Adversarial training of ConvNN {args.channels} on {len(images):,} images, {device}: "
         f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
     )
-    attack = training_attack(
-        args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
-    )
-    loss = adversarial_loss if args.beta is None else partial(trades_loss, beta=args.beta)
     model = ConvNN(args.channels, args.hidden, thresholds=args.thresholds).to(device)
     history = train_model(
         model,
@@ -84,11 +81,22 @@ def train(images, held_out, args, device):
         precision=args.precision,
         optimizer=args.optimizer,
         seed=args.seed,
-        loss_schedule=ramped_adversarial_loss(attack, args.epsilon, loss=loss),
+        loss_schedule=loss_schedule(args),
         watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),
         select="pgd",
     )
     return model, history
+
+
+def loss_schedule(args):
+    """Progress of the training -> its loss, as the options say."""
+    if args.noise:
+        return noisy_adversarial_loss(args.epsilon, args.noise)
+    attack = training_attack(
+        args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
+    )
+    loss = adversarial_loss if args.beta is None else partial(trades_loss, beta=args.beta)
+    return ramped_adversarial_loss(attack, args.epsilon, loss=loss)
 
 
 def report_training(history, stem):
@@ -113,6 +121,8 @@ def complete(args):
             setattr(args, name, value)
     if args.no_thresholds:
         args.thresholds = None
+    if args.noise and (args.norm, args.attack, args.beta) != ("l2", "gradient", None):
+        raise ValueError("--noise is for --norm l2 with one step; leave out --attack and --beta.")
     return args
 
 
@@ -133,6 +143,12 @@ def option_parser():
     )
     parser.add_argument(
         "--beta", type=number(), help="weight of the divergence in the TRADES loss; default: none"
+    )
+    parser.add_argument(
+        "--noise",
+        type=number(),
+        help="in l2: take the step on two copies of each image under Gaussian noise of this "
+        "standard deviation, pixel units; default: none",
     )
     parser.add_argument(
         "--thresholds",
