@@ -124,20 +124,25 @@ def held_out_watch(
     return watch
 
 
-def collapsed_epochs(epochs: Sequence[dict]) -> list[int]:
+def collapsed_epochs(epochs: Sequence[dict], *, ramp: float = 0.3) -> list[int]:
     """Numbers of the epochs that show catastrophic overfitting (Wong et al., ICLR 2020).
 
-    The network has learned to defeat the single step instead of the ball: accuracy under it
-    is 20 points above accuracy under PGD and PGD has lost 20 points since its best epoch, or
-    is above the accuracy on clean images by more than a point.
+    The network has learned to defeat the single step instead of the ball. Accuracy under it is
+    20 points above accuracy under PGD, and either PGD has lost 20 points since its best epoch, or
+    the ball has its full size and the single step leaves four images in five: no network learns
+    that much of one attack and so little of the other unless it cheats. Or accuracy under the
+    single step is above the accuracy on clean images by more than a point.
 
     Args:
         epochs: rows with `epoch` and held-out accuracies `clean`, `single_step` and `pgd`.
+        ramp: fraction of the training over which the ball grew, in [0, 1].
     """
     collapsed, best = [], 0.0
     for row in epochs:
         best = max(best, row["pgd"])
         gap = row["single_step"] - row["pgd"]
-        if (gap > 0.2 and best - row["pgd"] > 0.2) or row["single_step"] > row["clean"] + 0.01:
+        full = row["epoch"] - 1 >= ramp * len(epochs) and row["single_step"] > 0.8
+        lost = gap > 0.2 and (full or best - row["pgd"] > 0.2)
+        if lost or row["single_step"] > row["clean"] + 0.01:
             collapsed.append(row["epoch"])
     return collapsed

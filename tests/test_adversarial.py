@@ -105,6 +105,9 @@ def test_held_out_watch_measures_clean_and_attacked_accuracy():
         ([(0.9, 0.5, 0.0), (0.95, 0.6, 0.1), (0.97, 0.8, 0.6)], []),
         # PGD falls together with the single step: unstable, but not overfitted to it.
         ([(0.97, 0.9, 0.85), (0.4, 0.3, 0.25)], []),
+        # Never better under PGD: collapsed as soon as the ball has its full size.
+        ([(0.99, 0.9, 0.15), (0.99, 0.95, 0.02), (0.99, 0.97, 0.0), (0.99, 0.975, 0.0)], [3, 4]),
+        ([(0.993, 0.9964, 0.0)] * 12, list(range(5, 13))),
         # A tie with clean accuracy, within the noise of a held-out set.
         ([(0.113, 0.113, 0.113), (0.985, 0.99, 0.95)], []),
     ],
@@ -115,3 +118,11 @@ def test_collapse_is_told_from_health(history, collapsed):
         for number, (clean, step, pgd) in enumerate(history, start=1)
     ]
     assert collapsed_epochs(rows) == collapsed
+
+
+def test_a_ball_of_full_size_from_the_start_is_collapsed_from_the_start():
+    rows = [
+        {"epoch": number, "clean": 0.993, "single_step": 0.9964, "pgd": 0.0}
+        for number in range(1, 13)
+    ]
+    assert collapsed_epochs(rows, ramp=0.0) == list(range(1, 13))
