@@ -224,8 +224,8 @@ _OTHERS = {
 def _stronger(
     check: str, attack: Callable, model, dataset, hits: Hits, broken: Mapping, images: int
 ) -> list[dict]:
-    """Balls in which `attack` breaks images that the multi-step attack left standing."""
-    warnings = []
+    """The ball in which `attack` breaks most images that the multi-step attack left standing."""
+    worst, most = [], allowed(len(dataset))
     for (norm, epsilon), by_many in broken.items():
         standing = (hits["none", "", 0.0] & ~by_many).nonzero()[:, 0]
         if not len(standing):
@@ -233,10 +233,13 @@ def _stronger(
         few = spread(subset(dataset, standing), images)
         right = correct(model, few, attack=partial(attack, epsilon=epsilon, norm=norm))
         count = int((~right).sum())
-        if count > allowed(len(few)):
+        # Of all images, not of those that stand: two out of two may be two out of a thousand.
+        estimate = count * len(standing) / len(few)
+        if estimate > most:
+            most = estimate
             seen = f"that withstand the gradient are broken by {_OTHERS[check]}"
-            warnings.append(_warning(check, seen, count, len(few), norm, epsilon))
-    return warnings
+            worst = [_warning(check, seen, count, len(few), norm, epsilon)]
+    return worst
 
 
 def _noise_as_strong(model, dataset, hits: Hits, broken: Mapping, images: int) -> list[dict]:

@@ -217,6 +217,34 @@ def test_another_search_can_take_the_place_of_the_random_one():
     assert found["gradient-free stronger"]["images"] == 50
 
 
+@pytest.mark.parametrize(("standing", "warned"), [(5, False), (6, True)])
+def test_images_that_others_break_are_counted_among_all_that_were_attacked(standing, warned):
+    # PGD breaks all but a few of 500 images, the search the rest of them too: 1 % is allowed.
+    def white(model, images, labels, epsilon, norm):
+        return 1 - images
+
+    dataset = halves(500)
+    hits = hits_of({("2x PGD-5", "linf", 0.1): range(standing, 500)}, images=500)
+    hits |= {("2x PGD-5", "l2", 2.0): torch.arange(500) < 0}
+    found = warnings_of(Between(), dataset, hits, search=white)
+    assert ("gradient-free stronger" in found) == warned
+    if warned:
+        warning = found["gradient-free stronger"]
+        assert [warning[key] for key in ("epsilon", "images", "of")] == [0.1, 6, 6]
+
+
+def test_the_ball_with_the_most_images_is_named_not_that_with_the_largest_share():
+    def white(model, images, labels, epsilon, norm):
+        return torch.where(
+            (torch.arange(len(images)) < 20)[:, None, None, None], 1 - images, images
+        )
+
+    dataset = halves(500)
+    hits = hits_of({("2x PGD-5", "linf", 0.1): [], ("2x PGD-5", "linf", 0.3): range(10, 500)}, 500)
+    warning = warnings_of(Between(), dataset, hits, search=white)["gradient-free stronger"]
+    assert [warning[key] for key in ("epsilon", "images", "of")] == [0.1, 20, 200]
+
+
 class Counts(nn.Module):
     """Class 1 where more than `least` pixels are white, behind a ramp with a gradient of one."""
 
