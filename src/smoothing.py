@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.attacks import direction
 from src.convnn import evaluation_form
 from src.models import SmoothClassifier
 from src.training_and_evaluation import Loss
@@ -86,8 +87,7 @@ def _ascend(base, images, labels, noise, epsilon) -> Tensor:
     with evaluation_form(base) as network:
         mean_log = F.log_softmax(_at(network, points, noise), dim=2).logsumexp(dim=0)
         (gradient,) = torch.autograd.grad(F.nll_loss(mean_log, labels, reduction="sum"), points)
-    length = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
-    return (images + epsilon * gradient / length).clamp(0, 1)
+    return (images + epsilon * direction(gradient, "l2")).clamp(0, 1)
 
 
 def ramped_smoothing_loss(

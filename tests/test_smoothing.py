@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.models import SmoothClassifier
-from src.smoothing import METHODS, ramped_smoothing_loss, smoothing_loss
+from src.smoothing import METHODS, _ascend, ramped_smoothing_loss, smoothing_loss
 from src.training_and_evaluation import standard_loss
 
 SIGMA = 0.5
@@ -118,6 +118,20 @@ def test_smoothadv_steps_up_the_loss_of_the_mean_prediction(smooth, batch):
     torch.manual_seed(7)
     assert loss > smoothing_loss(smooth, *batch, draws=2)[0]
     assert mean_loss(moved) > mean_loss(images)
+
+
+@pytest.mark.parametrize("margin", [0.0, 20.0, 55.0, 60.0])
+def test_smoothadv_steps_are_of_their_length_however_sure_the_network_is(margin):
+    # The gradient shrinks like exp(-margin); from 50 on the squares of its entries underflow.
+    base = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        base[1].weight.copy_(torch.randn(2, 784) / 784)
+        base[1].bias.copy_(torch.tensor([margin, 0.0]))
+    images, labels = torch.full((3, 1, 28, 28), 0.5), torch.zeros(3, dtype=torch.int64)
+    moved = _ascend(base, images, labels, torch.zeros(2, 3, 1, 28, 28), 0.7)
+    lengths = (moved - images).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full((3,), 0.7), rtol=1e-5, atol=0)
 
 
 def test_methods_start_as_gaussian_training_and_grow(smooth, batch):
