@@ -45,9 +45,8 @@ def few_pixels_attack(
     images = checked(images, labels, epsilon, norm, clip)
     if norm != "l2":
         raise ValueError(f"'norm' = {norm!r}: few pixels are no restriction there; use 'l2'.")
-    points = images.clone()
-    project = projection(images, epsilon, norm, clip)
     with torch.inference_mode(False), evaluation_form(model) as network:
+        points, project = images.clone(), projection(images, epsilon, norm, clip)
         standing = _standing(network, images, labels)
         for move in MOVES:
             if epsilon < move or not len(standing):
