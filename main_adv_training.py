@@ -39,12 +39,12 @@ def main(argv=None):
     device = get_device(args.device)
     seed_everything(args.seed)
     *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
+    # Before the training: the commit may change while it runs.
+    facts = provenance(Path(__file__).stem, args, argv)
     model, history = train(*training, args, device)
     if not is_main():
         return
-    facts = provenance(Path(__file__).stem, args, argv) | {
-        "seconds": history["epochs"][-1]["seconds"]
-    }
+    facts |= {"seconds": history["epochs"][-1]["seconds"]}
     path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
     report_training(history, Path(args.figures) / args.name)
     test_accuracy = accuracy(model, test)
@@ -128,7 +128,7 @@ def complete(args):
 
 def option_parser():
     parser = script_parser(__doc__)
-    # Without shifts more held-out training images withstood the attack; see the README.
+    # Without shifts more held-out training images withstood the attack; see reference/README.md.
     training_options(parser, name=NAME, epochs=14, hidden=256, shift=0)
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
     parser.add_argument(

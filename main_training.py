@@ -26,6 +26,8 @@ def main(argv=None):
     seed_everything(args.seed)
     train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
 
+    # Before the training: the commit may change while it runs.
+    facts = provenance(Path(__file__).stem, args, argv)
     print(f"Standard training of ConvNN {args.channels} on {len(train):,} images, {device}")
     model = ConvNN(args.channels, args.hidden).to(device)
     history = train_model(
@@ -42,9 +44,7 @@ def main(argv=None):
     )
     if not is_main():
         return
-    facts = provenance(Path(__file__).stem, args, argv) | {
-        "seconds": history["epochs"][-1]["seconds"]
-    }
+    facts |= {"seconds": history["epochs"][-1]["seconds"]}
     path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
     plot_training(history, Path(args.figures) / f"{args.name}_curves.png", TITLE)
 

@@ -174,16 +174,22 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     }
 
 
-def _commit() -> str:
-    """The commit of the checkout, with a + if there are changes; "unknown" outside of one."""
-    here = Path(__file__).resolve().parent.parent
+# What results depend on, new files too; not the results themselves, which runs write.
+_CODE = ("*.py", "*.c", "*.h", "requirements.txt")
+
+
+def _commit(root: Path = Path(__file__).resolve().parent.parent) -> str:
+    """The commit of a checkout, with a + if code differs from it; "unknown" outside of one."""
     try:
-        git = ["git", "-C", str(here)]
+        git = ["git", "-C", str(root)]
         commit = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--", *_CODE],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
