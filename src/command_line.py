@@ -174,11 +174,12 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     }
 
 
+_ROOT = Path(__file__).resolve().parent.parent
 # What results depend on, new files too; not the results themselves, which runs write.
 _CODE = ("*.py", "*.c", "*.h", "requirements.txt")
 
 
-def _commit(root: Path = Path(__file__).resolve().parent.parent) -> str:
+def _commit(root: Path = _ROOT) -> str:
     """The commit of a checkout, with a + if code differs from it; "unknown" outside of one."""
     try:
         git = ["git", "-C", str(root)]
