@@ -35,6 +35,7 @@ import importlib
 import io
 import json
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ import torch
 from src.attacks import projection
 from src.certificates import read_rows
 from src.checkpoints import load_checkpoint, weights_digest
-from src.command_line import count, number, run
+from src.command_line import code_commit, count, number, run
 from src.convnn import evaluation_form
 from src.files import lock_file, write_json
 from src.intervals import accuracy_interval
@@ -77,6 +78,8 @@ def main(argv=None):
     Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
     with lock_file(args.rows):
         done = finished(Path(args.rows), columns, settings)
+        if done < len(order):
+            log_run(Path(args.rows), done, sys.argv[1:] if argv is None else argv)
         for start in range(done, len(order), args.batch_size):
             indices = order[start : start + args.batch_size]
             batch = subset(test, indices)
@@ -181,16 +184,26 @@ def finished(path, columns, settings):
     """
     twin = path.with_suffix(".json")
     if not path.exists():
-        write_json(twin, settings)
+        write_json(twin, settings | {"runs": []})
         path.write_text(",".join(columns) + "\n")
         return 0
-    if not twin.exists() or json.loads(twin.read_text()) != settings:
+    was = json.loads(twin.read_text()) if twin.exists() else {}
+    if {name: value for name, value in was.items() if name != "runs"} != settings:
         raise ValueError(f"{path} is of another model or other settings; choose another --rows.")
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         os.truncate(path, len(whole.encode()))
     return whole.count("\n") - 1
+
+
+def log_run(path, done, words):
+    """Note in the twin from which row on this command and commit made them."""
+    twin = path.with_suffix(".json")
+    noted = json.loads(twin.read_text())
+    command = " ".join(["python -m benchmarks.autoattack", *words])
+    one = {"from_row": done, "command": command, "commit": code_commit()}
+    write_json(twin, noted | {"runs": [*noted.get("runs", []), one]})
 
 
 def append(path, indices, batch, hits):

@@ -9,6 +9,7 @@ Run: python -m benchmarks.stopping
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from src.certificates import read_rows
@@ -29,7 +30,10 @@ def compared(sigma: float, radius: float, reference: Path, every: int) -> tuple[
     indices = [int(row["index"]) for row in rows]
     images, labels = subset(load_mnist("test"), indices).tensors
     alpha, seed, n0, n = float(rows[0]["alpha"]), *(int(rows[0][k]) for k in ("seed", "n0", "n"))
-    smooth = SmoothClassifier(load_checkpoint(reference / "models" / f"{name}.pt"), sigma)
+    # The classifier that was certified: votes in another precision are another one's.
+    twin = json.loads((reference / "results" / f"{name}_certificates.json").read_text())
+    network = load_checkpoint(reference / "models" / f"{name}.pt")
+    smooth = SmoothClassifier(network, sigma, precision=twin["settings"]["precision"])
     found = smooth.certify_radius(images, radius, alpha, n0=n0, max_n=n, seed=seed, indices=indices)
     anytime = (found.certified & (found.prediction == labels)).double().mean().item()
     fixed = certified_accuracy(

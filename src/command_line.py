@@ -164,7 +164,7 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     return {
         "command": " ".join(["python", f"{script}.py", *words]),
         "options": vars(args),
-        "commit": _commit(),
+        "commit": code_commit(),
         "device": str(get_device(args.device)),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -179,7 +179,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("*.py", "*.c", "*.h", "requirements.txt")
 
 
-def _commit(root: Path = _ROOT) -> str:
+def code_commit(root: Path = _ROOT) -> str:
     """The commit of a checkout, with a + if code differs from it; "unknown" outside of one."""
     try:
         git = ["git", "-C", str(root)]

@@ -20,7 +20,7 @@ METHODS = {
     "smoothadv": {"draws": 2, "epsilon": 1.0},
     "smoothadv-consistency": {"draws": 2, "epsilon": 1.0, "consistency": 3.0, "entropy": 0.5},
 }
-# The record of this repository: the last one, its images weighted by confidence.
+# The last one, its images weighted by confidence; see reference/README.md.
 METHODS["confidence"] = METHODS["smoothadv-consistency"] | {"consistency": 2.0, "confidence": 0.2}
 
 

@@ -1,5 +1,7 @@
 """The benchmark that referees: resumed rows, refusals and columns, the four attacks replaced."""
 
+import json
+
 import pytest
 import torch
 
@@ -39,6 +41,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_rows(call, capsys):
         stream.write("4,9,1")
     assert call("b.csv", 8).read_bytes() == whole
     assert call("b.csv", 8).read_bytes() == whole
+
+
+def test_the_twin_says_which_run_made_which_rows(call):
+    for images in (4, 4, 8):
+        path = call("a.csv", images)
+    runs = json.loads(path.with_suffix(".json").read_text())["runs"]
+    assert [run["from_row"] for run in runs] == [0, 4]
+    assert "--images 8" in runs[1]["command"]
+    assert all(run["commit"] for run in runs)
 
 
 def test_no_image_rises_again_and_the_last_column_is_the_answer(call):

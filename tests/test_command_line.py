@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from src.command_line import _commit
+from src.command_line import code_commit
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def git(root, *words):
 )
 def test_changed_and_new_code_is_marked_and_results_are_not(checkout, name, mark):
     head = git(checkout, "rev-parse", "--short", "HEAD")
-    assert _commit(checkout) == head
+    assert code_commit(checkout) == head
     (checkout / name).write_text("second\n")
-    assert _commit(checkout) == head + mark
+    assert code_commit(checkout) == head + mark
 
 
 def test_outside_of_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert _commit(tmp_path) == "unknown"
+    assert code_commit(tmp_path) == "unknown"
