@@ -1,8 +1,9 @@
 """Training of the base classifier of a SmoothClassifier under Gaussian noise on MNIST.
 
 --method adds to the cross-entropy under noise what SmoothAdv and Consistency add, and may weight
-images by confidence. Reports the accuracy of the base and of the smoothed classifier and a first certified-accuracy curve. Writes
-models/randomized_smoothing.pt, results/randomized_smoothing_certificates.csv and figures.
+images by confidence. Reports the accuracy of the base and of the smoothed classifier and a first
+certified-accuracy curve. Writes models/randomized_smoothing.pt,
+results/randomized_smoothing_certificates.csv and figures.
 """
 
 from pathlib import Path
