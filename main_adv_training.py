@@ -69,6 +69,7 @@ def train(images, held_out, args, device):
     print(
         f"Adversarial training of ConvNN {args.channels} on {len(images):,} images, {device}: "
         f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
+        + (f", under noise of sigma = {args.noise:g}" if args.noise else "")
     )
     model = ConvNN(args.channels, args.hidden, thresholds=args.thresholds).to(device)
     history = train_model(
