@@ -36,7 +36,7 @@ ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 reference: $(VENV)/ready
 	$(BIN)/python -m src.mnist_files
 	for recipe in "0.25 40 --method smoothadv-consistency" \
-	    "0.50 140 --method confidence --confidence 0.1 --optimizer muon --votes int8" \
+	    "0.50 120 --method smoothadv-consistency --consistency 2 --optimizer muon --votes int8" \
 	    "1.00 160 --method confidence --optimizer muon --votes int8"; do \
 	  set -- $$recipe; sigma=$$1; epochs=$$2; shift 2; \
 	  $(SMOOTHING) --sigma $$sigma --epochs $$epochs "$$@" --name smoothing_best_$$sigma || exit 1; \
