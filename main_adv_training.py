@@ -149,7 +149,7 @@ def option_parser():
         "--noise",
         type=number(),
         help="in l2: take the step on two copies of each image under Gaussian noise of this "
-        "standard deviation, pixel units; default: none",
+        "standard deviation, pixel units, and end it epsilon away; default: none",
     )
     parser.add_argument(
         "--thresholds",
