@@ -82,8 +82,7 @@ def noisy_adversarial_loss(
     """A `loss_schedule` for l2: one step of `epsilon` on two noisy copies of each image.
 
     The loss of SmoothAdv with Consistency (see `smoothing_loss`), for a network that is to stand
-    without noise: under noise it learns a function smooth enough for a single step to be as good
-    as many.
+    without noise: noise makes the function that it learns smooth, so that a single step goes far.
 
     Args:
         epsilon: l2 length of the step from `ramp` on, in pixel units.
