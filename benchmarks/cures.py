@@ -24,6 +24,7 @@ from torch import Tensor
 from src.adversarial import collapsed_epochs, held_out_watch, training_attack
 from src.attacks import gradient_attack
 from src.certificates import read_rows, write_rows
+from src.command_line import code_commit
 from src.convnn import ConvNN, evaluation_form
 from src.robustness import hits_by_stage
 from src.tables import format_table
@@ -146,6 +147,7 @@ def train_and_judge(cure: str, seed: int, epochs: int, data, judged) -> dict:
         "images": len(judged),
         "standing": int(list(hits.values())[-1].sum()),
         "collapsed_epochs": " ".join(map(str, collapsed)),
+        "commit": code_commit(),
     }
 
 
