@@ -52,10 +52,11 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     a, b, c = _COEFFICIENTS
     matrix = matrix / matrix.norm().clamp(min=1e-30)
     square = matrix @ matrix.T
-    one = torch.eye(len(square), dtype=square.dtype, device=square.device)
-    product = one
-    for _ in range(iterations):
-        factor = a * one + b * square + c * (square @ square)
-        product = factor @ product
-        square = factor @ square @ factor
+    product = None
+    for number in range(1, iterations + 1):
+        factor = torch.addmm(square, square, square, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+        if number < iterations:
+            square = factor @ square @ factor
     return product @ matrix

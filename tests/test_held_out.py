@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
+from benchmarks import held_out
 from benchmarks.held_out import protocol_radii
 
 
@@ -16,3 +19,21 @@ def test_shares_of_votes_count_as_if_found_among_the_protocols_copies():
     radii = protocol_radii(smooth, None, torch.tensor([3, 4, 6, 1]), n=1000, seed=0)
     # Bounds of 100,000 and of 80,000 votes out of 100,000; then a wrong one and an abstention.
     assert radii.tolist() == pytest.approx([0.5 * 3.811456563, 0.5 * 0.827651563, 0, 0], abs=1e-6)
+
+
+def test_polled_images_are_spread_over_the_held_out_ones(monkeypatch):
+    # MNIST is in the order of its writers: the first 800 of 5,000 are of a handful of people.
+    data = TensorDataset(torch.zeros(50, 1, 28, 28), torch.arange(50))
+    polled = []
+
+    def radii(smooth, images, labels, n, seed):
+        polled.extend(labels.tolist())
+        return np.zeros(len(labels))
+
+    monkeypatch.setattr(held_out, "load_training_data", lambda *args, **_: (data, data, data))
+    monkeypatch.setattr(
+        held_out.main_random_smoothing, "train", lambda *args: (SimpleNamespace(sigma=1.0), 1.0)
+    )
+    monkeypatch.setattr(held_out, "protocol_radii", radii)
+    held_out.main(["--images", "10", "--device", "cpu"])
+    assert polled == list(range(0, 50, 5))
