@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from src.distributed import process_group, report_failure
+from src.distributed import process_group, processes, report_failure
 from src.files import check_writable
 from src.folded import FLOATS
 from src.optimisation import OPTIMIZERS
@@ -161,8 +161,11 @@ def run(main: Callable[[], None], *, interrupted: str = "") -> None:
 def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
     """What made a result: command, options, commit, versions, device and threads."""
     words = sys.argv[1:] if argv is None else argv
+    # What is trained depends on the number of processes: each has noise and batch statistics of
+    # its own.
+    several = f"torchrun --nproc-per-node={processes()} --"
     return {
-        "command": " ".join(["python", f"{script}.py", *words]),
+        "command": " ".join([several if processes() > 1 else "python", f"{script}.py", *words]),
         "options": vars(args),
         "commit": code_commit(),
         "device": str(get_device(args.device)),

@@ -55,6 +55,15 @@ def settings(folder):
     ]
 
 
+def commands(folder):
+    """What made the rows; several processes leave facts of each."""
+    twins = (folder / "results").glob("certificates_*.json")
+    facts = [json.loads(path.read_text())["facts"] for path in twins]
+    return {
+        one["command"] for made in facts for one in (made if isinstance(made, list) else [made])
+    }
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, mnist_root):
     """The folder of a comparison by one process."""
@@ -70,6 +79,9 @@ def test_two_processes_leave_the_rows_of_one(alone, tmp_path, mnist_root):
     assert ended.returncode == 0, ended.stderr
     assert certificates(folder) == certificates(alone)
     assert settings(folder) == settings(alone)
+    words = " ".join(["main_compare.py", *COMPARE])
+    assert commands(folder) == {f"torchrun --nproc-per-node=2 -- {words}"}
+    assert commands(alone) == {f"python {words}"}
     assert [verify(p) for p in (folder / "results").glob("certificates_*.csv")] == [[]] * 3
     # Only the first process prints, and it prints what a single one does.
     assert ended.stdout.count("abstentions") == 1
