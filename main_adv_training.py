@@ -12,7 +12,6 @@ from pathlib import Path
 from src.adversarial import (
     collapsed_epochs,
     held_out_watch,
-    noisy_adversarial_loss,
     ramped_adversarial_loss,
     training_attack,
 )
@@ -69,7 +68,6 @@ def train(images, held_out, args, device):
     print(
         f"Adversarial training of ConvNN {args.channels} on {len(images):,} images, {device}: "
         f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
-        + (f", under noise of sigma = {args.noise:g}" if args.noise else "")
     )
     model = ConvNN(args.channels, args.hidden, thresholds=args.thresholds).to(device)
     history = train_model(
@@ -91,8 +89,6 @@ def train(images, held_out, args, device):
 
 def loss_schedule(args):
     """Progress of the training -> its loss, as the options say."""
-    if args.noise:
-        return noisy_adversarial_loss(args.epsilon, args.noise)
     attack = training_attack(
         args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
     )
@@ -122,8 +118,6 @@ def complete(args):
             setattr(args, name, value)
     if args.no_thresholds:
         args.thresholds = None
-    if args.noise and (args.norm, args.attack, args.beta) != ("l2", "gradient", None):
-        raise ValueError("--noise is for --norm l2 with one step; leave out --attack and --beta.")
     return args
 
 
@@ -144,12 +138,6 @@ def option_parser():
     )
     parser.add_argument(
         "--beta", type=number(), help="weight of the divergence in the TRADES loss; default: none"
-    )
-    parser.add_argument(
-        "--noise",
-        type=number(),
-        help="in l2: take the step on two copies of each image under Gaussian noise of this "
-        "standard deviation, pixel units, and end it epsilon away; default: none",
     )
     parser.add_argument(
         "--thresholds",

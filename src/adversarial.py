@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack, random_start_attack
-from src.models import SmoothClassifier
-from src.smoothing import ramped_smoothing_loss
 from src.training_and_evaluation import Loss, accuracy, adversarial_loss
 
 
@@ -72,30 +70,6 @@ def ramped_adversarial_loss(
             loss,
             attack=lambda model, images, labels: attack(model, images, labels, radius),
         )
-
-    return loss_at
-
-
-def noisy_adversarial_loss(
-    epsilon: float, noise: float, *, ramp: float = 0.3
-) -> Callable[[float], Loss]:
-    """A `loss_schedule` for l2: one step of `epsilon` on two noisy copies of each image.
-
-    The loss of SmoothAdv with Consistency (see `smoothing_loss`), for a network that is to stand
-    without noise: noise makes the function that it learns smooth, so that a single step goes far.
-
-    Args:
-        epsilon: l2 length of the step from `ramp` on, in pixel units.
-        noise: standard deviation of the Gaussian noise, in pixel units.
-        ramp: fraction of the training over which the step and the weights grow, in (0, 1].
-    """
-    schedule = ramped_smoothing_loss(
-        "smoothadv-consistency", ramp=ramp, epsilon=epsilon, consistency=2.0
-    )
-
-    def loss_at(progress: float) -> Loss:
-        loss = schedule(progress)
-        return lambda model, *batch: loss(SmoothClassifier(model, noise), *batch)
 
     return loss_at
 

@@ -9,13 +9,11 @@ import torch
 from src.adversarial import (
     collapsed_epochs,
     held_out_watch,
-    noisy_adversarial_loss,
     ramped_adversarial_loss,
     training_attack,
 )
 from src.attacks import gradient_attack
-from src.models import ConvNN, SmoothClassifier
-from src.smoothing import smoothing_loss
+from src.models import ConvNN
 from src.training_and_evaluation import accuracy, standard_loss, train_model
 from tests.helpers import halves, linear
 
@@ -39,19 +37,6 @@ def test_ramp_grows_linearly_and_stays(ramp):
     late(model, images, labels)
     early(model, images, labels)
     assert used[-2:] == pytest.approx([0.3 * min(0.999 / ramp, 1), 0.15])
-
-
-@pytest.mark.parametrize(("progress", "part"), [(0.0, 0.0), (0.2, 0.5), (0.4, 1.0), (0.9, 1.0)])
-def test_noisy_loss_is_smoothadv_with_consistency_around_the_bare_network(progress, part):
-    model, batch = linear(side=28), halves(8, side=28).tensors
-    schedule = noisy_adversarial_loss(2.0, 0.25, ramp=0.4)
-    torch.manual_seed(3)
-    loss, logits = schedule(progress)(model, *batch)
-    terms = {"epsilon": 2.0 * part, "consistency": 2.0 * part, "entropy": 0.5 * part}
-    torch.manual_seed(3)
-    expected = smoothing_loss(SmoothClassifier(model, 0.25, 2), *batch, draws=2, **terms)
-    torch.testing.assert_close((loss, logits), expected)
-    assert loss.requires_grad
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

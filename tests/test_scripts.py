@@ -220,8 +220,6 @@ def test_help_gives_units_and_defaults(script):
         ("main_random_smoothing", ["--sigma", "0"]),
         ("main_random_smoothing", ["--sigma", "nan"]),
         ("main_adv_training", ["--norm", "l1"]),
-        ("main_adv_training", ["--noise", "0.25"]),
-        ("main_adv_training", ["--norm", "l2", "--noise", "0.25", "--attack", "pgd"]),
         ("main_training", ["--epochs", "0"]),
         ("main_training", ["--epoch", "1"]),  # No abbreviations.
         ("main_compare", ["--alpha", "1"]),
