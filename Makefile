@@ -35,7 +35,8 @@ ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 
 reference: $(VENV)/ready
 	$(BIN)/python -m src.mnist_files
-	for recipe in "0.25 40 --method smoothadv-consistency" \
+	for recipe in \
+	    "0.25 60 --method smoothadv-consistency --consistency 2 --optimizer muon --votes int8 --shift 1" \
 	    "0.50 120 --method smoothadv-consistency --consistency 2 --optimizer muon --votes int8" \
 	    "1.00 160 --method confidence --optimizer muon --votes int8"; do \
 	  set -- $$recipe; sigma=$$1; epochs=$$2; shift 2; \
