@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import autoattack, published, robust_models
+from benchmarks import autoattack, cures, published, robust_models
 from src.certificates import read_rows, verify
 from src.checkpoints import load_checkpoint, weights_digest
 from src.comparison import MODELS
@@ -117,6 +117,10 @@ def test_tables_of_robust_models_are_those_of_the_rows():
     tables = [robust_models.model_lines(*ball, RESULTS) for ball in (("linf", 0.3), ("l2", 2.0))]
     assert all(table in README for table in tables)
     assert "single step, 3 seeds, mean ± sd" in tables[0]
+
+
+def test_table_of_the_cures_is_that_of_the_rows():
+    assert cures.cure_lines(read_rows(RESULTS / "cures.csv")) in README
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("autoattack_*.json")), ids=lambda p: p.stem)
