@@ -42,6 +42,14 @@ def our_rows(sigma: float, results: Path) -> dict[str, list[dict]]:
     return found
 
 
+def by_recipe(ours: Mapping[str, Sequence[Mapping]]) -> dict[str, dict[str, Sequence[Mapping]]]:
+    """Recipe -> the certificates of its seeds by their name; the first seed has the recipe's."""
+    recipes: dict[str, dict] = {}
+    for name, rows in ours.items():
+        recipes.setdefault(name.partition(", seed")[0], {})[name] = rows
+    return recipes
+
+
 def published_curves(sigma: float, path: Path) -> dict[str, dict]:
     """Method -> its `acr` and certified accuracy `curve`, {radius: share}."""
     methods: dict[str, dict] = {}
@@ -61,17 +69,31 @@ def published_lines(
         (name, method["acr"], *(f"{100 * share:.1f}" for share in method["curve"].values()), "")
         for name, method in published.items()
     ]
-    for name, rows in ours.items():
-        summary = summarise(rows, radii)
-        tight = summarise([{**row, "radius": row["radius_two_sided"]} for row in rows], ())
-        shares = (f"{100 * share:.1f}" for share, _, _ in summary["certified"].values())
-        lines.append((name, f"{summary['acr']:.4f}", *shares, f"{tight['acr']:.4f}"))
+    for recipe, runs in by_recipe(ours).items():
+        measured = np.array([_figures(rows, radii) for rows in runs.values()])
+        for name, (acr, *shares, tight) in zip(runs, measured, strict=True):
+            lines.append((name, f"{acr:.4f}", *(f"{s:.1f}" for s in shares), f"{tight:.4f}"))
+        if len(runs) > 1:
+            acr, *shares, tight = measured.mean(axis=0)
+            averages = (f"{acr:.4f}", *(f"{s:.1f}" for s in shares), f"{tight:.4f}")
+            lines.append((f"{recipe}, {len(runs)} seeds, mean", *averages))
+            acr, *_, tight = measured.std(axis=0, ddof=1)
+            blank = [""] * len(shares)
+            lines.append(("  standard deviation", f"{acr:.4f}", *blank, f"{tight:.4f}"))
     header = (f"sigma = {sigma:g}", "ACR", *(f"r={at:g}" for at in radii), "two-sided")
     return format_table(header, lines)
 
 
+def _figures(rows: Sequence[Mapping], radii: Sequence[float]) -> list[float]:
+    """Average certified radius, certified % at each radius, the average two-sided radius."""
+    summary = summarise(rows, radii)
+    tight = summarise([{**row, "radius": row["radius_two_sided"]} for row in rows], ())
+    shares = (100 * share for share, _, _ in summary["certified"].values())
+    return [summary["acr"], *shares, tight["acr"]]
+
+
 def bound_lines(results: Path) -> str:
-    """The table of how p_A's lower bounds are distributed, right predictions or not."""
+    """The table of how p_A's lower bounds of the first seeds are distributed, right or not."""
     lines = [
         (
             f"sigma = {sigma:g}, {name}",
@@ -79,6 +101,7 @@ def bound_lines(results: Path) -> str:
         )
         for sigma in SIGMAS
         for name, rows in our_rows(sigma, results).items()
+        if "seed" not in name
     ]
     header = ("lower bound of p_A", *(f"{100 * quantile:g} % below" for quantile in QUANTILES))
     return format_table(header, lines)
@@ -102,7 +125,11 @@ def difference_lines(rows: Iterable[Mapping]) -> str:
 
 
 def differences(peers: Path) -> list[dict]:
-    """Ours minus each published method on the same images, with the bootstrap's interval."""
+    """Ours minus each published method on the same images, with the bootstrap's interval.
+
+    Of a recipe with several seeds it is each image's mean over them that is compared: the interval
+    is about other images, not about other seeds.
+    """
     published: dict[tuple, dict[int, float]] = {}
     with gzip.open(peers, "rt") if peers.suffix == ".gz" else peers.open() as stream:
         for row in csv.DictReader(stream, delimiter="\t"):
@@ -111,16 +138,25 @@ def differences(peers: Path) -> list[dict]:
                 radii[int(row["idx"])] = float(row["radius"]) * int(row["correct"])
     found = []
     for (sigma, method), theirs in published.items():
-        for name, rows in our_rows(sigma, REFERENCE / "results").items():
+        for recipe, runs in by_recipe(our_rows(sigma, REFERENCE / "results")).items():
             # The plain training is beside the plain one only.
-            if "gaussian" in name and method != "gaussian":
+            if "gaussian" in recipe and method != "gaussian":
                 continue
-            own = [float(row["radius"]) * int(row["correct"]) for row in rows]
-            other = [theirs[int(row["index"])] for row in rows]
-            mean, low, high = paired_difference_interval(own, other)
+            indices = [int(row["index"]) for row in runs[recipe]]
+            own = mean_radii(runs.values())
+            mean, low, high = paired_difference_interval(own, [theirs[index] for index in indices])
+            name = recipe if len(runs) == 1 else f"{recipe}, {len(runs)} seeds"
             row = {"sigma": sigma, "ours": name, "method": method}
             found.append(row | {"images": len(own), "mean": mean, "low": low, "high": high})
     return sorted(found, key=lambda row: (row["sigma"], row["ours"]))
+
+
+def mean_radii(runs: Iterable[Sequence[Mapping]]) -> list[float]:
+    """Each image's certified radius, 0 where the answer is wrong, averaged over the runs."""
+    return [
+        float(np.mean([float(row["radius"]) * int(row["correct"]) for row in of_image]))
+        for of_image in zip(*runs, strict=True)
+    ]
 
 
 def main():

@@ -29,6 +29,19 @@ def test_table_counts_what_is_certified_at_each_radius():
     assert ours.split() == ["here", "0.1667", "66.7", "33.3", "0.3667"]
 
 
+def test_seeds_of_a_recipe_are_averaged():
+    theirs = {"Other": {"acr": "0.1000", "curve": {0.0: 1.0, 0.2: 0.5}}}
+    ours = {"here, best": rows(), "here, best, seed 1": rows(0.15), "here, gaussian": rows()}
+    *_, second, mean, deviation, plain = published.published_lines(0.25, ours, theirs).split("\n")
+    assert second.split()[-4:] == ["0.2667", "66.7", "66.7", "0.3667"]
+    # Means of 0.1667 and 0.2667, of 33.3 and 66.7; deviations of two are their distance / sqrt(2).
+    assert mean.split()[-4:] == ["0.2167", "66.7", "50.0", "0.3667"]
+    assert deviation.split() == ["standard", "deviation", "0.0707", "0.0000"]
+    assert plain.startswith("here, gaussian ")
+    # The wrong image counts as 0 in either.
+    assert published.mean_radii([rows(), rows(0.15)]) == pytest.approx([0.475, 0.175, 0.0])
+
+
 def test_bounds_are_counted_from_below(tmp_path):
     bounds = [row | {"p_lower": 0.02 * k} for k, row in enumerate(rows() * 7)]
     write_rows(tmp_path / "smoothing_best_1.00_certificates.csv", bounds)
