@@ -77,6 +77,7 @@ def train(images, held_out, args, device):
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         shift=args.shift,
+        warp=args.warp,
         precision=args.precision,
         optimizer=args.optimizer,
         seed=args.seed,

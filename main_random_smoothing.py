@@ -23,7 +23,7 @@ NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
 TRAINING += ("consistency", "confidence", "channels", "hidden", "held_out", "precision")
-TRAINING += ("optimizer", "quick")
+TRAINING += ("optimizer", "warp", "quick")
 
 
 def main(argv=None):
@@ -72,8 +72,8 @@ def trained(path, args, device):
         ValueError: if it was trained with other options.
     """
     network = load_checkpoint(path, device)
-    # Older checkpoints know of no other optimizer.
-    was, now = {"optimizer": "adamw"} | network.facts.get("options", {}), vars(args)
+    # Older checkpoints know of no other optimizer and of no warps.
+    was, now = {"optimizer": "adamw", "warp": 0} | network.facts.get("options", {}), vars(args)
     different = [name for name in TRAINING if was.get(name) != now[name]]
     if different:
         trained_with = ", ".join(f"{name} = {was.get(name)}" for name in different)
@@ -106,6 +106,7 @@ def train(images, held_out, args, device):
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         shift=args.shift,
+        warp=args.warp,
         precision=args.precision,
         optimizer=args.optimizer,
         seed=args.seed,

@@ -37,6 +37,7 @@ def main(argv=None):
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         shift=args.shift,
+        warp=args.warp,
         precision=args.precision,
         optimizer=args.optimizer,
         seed=args.seed,

@@ -66,6 +66,7 @@ def training_options(
     epochs: int,
     hidden: int | None = None,
     shift: int = 1,
+    warp: float = 0.0,
 ) -> None:
     """Add the options of the scripts that train, with the defaults given."""
     parser.add_argument("--name", default=name, help="stem of the files written")
@@ -74,6 +75,12 @@ def training_options(
     parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
     parser.add_argument(
         "--shift", type=count(0), default=shift, help="largest random translation, in pixels"
+    )
+    parser.add_argument(
+        "--warp",
+        type=number(with_low=True),
+        default=warp,
+        help="largest random distortion: 0.1 turns, shears and stretches by up to a tenth",
     )
     parser.add_argument(
         "--channels", type=count(), nargs=2, default=[16, 32], help="widths of the convolutions"
@@ -116,16 +123,19 @@ def count(minimum: int = 1) -> Callable[[str], int]:
     return parse
 
 
-def number(low: float = 0.0, high: float = float("inf")) -> Callable[[str], float]:
-    """Type of an option: a finite number between `low` and `high`, both excluded."""
+def number(
+    low: float = 0.0, high: float = float("inf"), *, with_low: bool = False
+) -> Callable[[str], float]:
+    """Type of an option: a finite number above `low` (`with_low`: at least `low`), below `high`."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not low < value < high:
-            bounds = f"above {low:g}" + (f" and below {high:g}" if math.isfinite(high) else "")
+        if not (low < value < high or (with_low and value == low)):
+            bounds = f"{'at least' if with_low else 'above'} {low:g}"
+            bounds += f" and below {high:g}" if math.isfinite(high) else ""
             raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
         return value
 

@@ -59,15 +59,16 @@ def updater(
 
 
 def shuffled(
-    dataset: TensorDataset, batch_size: int, shift: int, generator: torch.Generator
+    dataset: TensorDataset, batch_size: int, shift: int, warp: float, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of batches in random order, images moved by up to `shift` pixels."""
+    """This process's share of batches in random order, of images moved and warped at random."""
     share = slice(distributed.rank(), None, distributed.processes())
     images, labels = dataset.tensors
     order = torch.randperm(len(images), generator=generator)
     for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
-        # Shifts are drawn for the whole batch: the same whatever the number of processes.
-        yield random_shift(images[chosen], shift, generator)[share], labels[chosen][share]
+        # Drawn for the whole batch: the same whatever the number of processes.
+        moved = random_shift(images[chosen], shift, generator)
+        yield random_warp(moved, warp, generator)[share], labels[chosen][share]
 
 
 def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
@@ -80,6 +81,22 @@ def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tens
     rows = offsets[0] + torch.arange(height)[:, None]
     columns = offsets[1] + torch.arange(width)[None, :]
     return padded[torch.arange(len(images))[:, None, None], 0, rows, columns][:, None]
+
+
+def random_warp(images: Tensor, warp: float, generator: torch.Generator) -> Tensor:
+    """Each image under a random linear map about its centre, zeros coming in.
+
+    The output at p is the image at (I + A) p, interpolated linearly, the four entries of A uniform
+    in [-warp, warp]: a little rotation, shear and scaling at once, as one writer's hand differs
+    from another's.
+    """
+    if warp == 0:
+        return images
+    change = warp * (2 * torch.rand((len(images), 2, 2), generator=generator) - 1)
+    maps = F.pad(torch.eye(2) + change, (0, 1)).to(images)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    # Rounding can leave the range of the pixels by a unit in the last place.
+    return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)
 
 
 @torch.no_grad()

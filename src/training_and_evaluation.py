@@ -69,6 +69,7 @@ def train_model(
     learning_rate: float = 1e-2,
     weight_decay: float = 1e-2,
     shift: int = 1,
+    warp: float = 0.0,
     averaging: float = 0.995,
     precision: str = "float32",
     optimizer: str = "adamw",
@@ -94,13 +95,15 @@ def train_model(
         learning_rate: at its peak.
         weight_decay: of AdamW and Muon.
         shift: largest random translation of a training image, in pixels.
+        warp: largest entry of its random linear distortion (`random_warp`); 0.1 turns, shears and
+            stretches by up to a tenth.
         averaging: decay of the running average of the weights, an update; 0 for none.
         precision: "float32", or "bfloat16" for convolutions and matrix products (autocast), with
             weights, statistics and updates in float32: twice as fast on processors with units
             for it (`benchmarks/training.py`).
         optimizer: "adamw", or "muon" for the weights between the first and the last layer
             (`src/muon.py`): more is learnt in as many epochs, each about a tenth longer.
-        seed: of the order of the images and their shifts. Losses that draw noise use torch's
+        seed: of the order of the images, their shifts and warps. Losses that draw noise use torch's
             global generator: call `seed_everything` for those.
         device: where to train; default: where the model is.
         watch: averaged model -> figures, called after each epoch.
@@ -116,7 +119,9 @@ def train_model(
         ValueError: for an argument out of its range.
         RuntimeError: if the loss is no longer finite.
     """
-    _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, shift, averaging)
+    _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, averaging)
+    check_count("shift", shift, 0)
+    check_number("warp", warp)
     check_precision(precision, FLOATS)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"'optimizer' is {optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
@@ -145,7 +150,7 @@ def train_model(
         for epoch in range(1, epochs + 1):
             model.train()
             steps = []
-            for images, labels in shuffled(dataset, batch_size, shift, generator):
+            for images, labels in shuffled(dataset, batch_size, shift, warp, generator):
                 # Not bar.n: a bar that is switched off does not count.
                 done = len(history["step_loss"]) + len(steps)
                 loss_now = loss_schedule(done / updates) if loss_schedule else loss
@@ -167,10 +172,9 @@ def train_model(
     return history
 
 
-def _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, shift, averaging):
+def _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, averaging):
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
-    check_count("shift", shift, 0)
     check_number("learning_rate", learning_rate, positive=True)
     check_number("weight_decay", weight_decay)
     if not 0 <= averaging < 1:

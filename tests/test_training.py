@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
 from src.convnn import evaluation_form
 from src.models import ConvNN
-from src.optimisation import random_shift
+from src.optimisation import random_shift, random_warp, shuffled
 from src.training_and_evaluation import (
     accuracy,
     adversarial_loss,
@@ -221,6 +222,7 @@ def test_loss_that_is_not_finite_stops_the_training(value):
         *(("epochs", value) for value in (0, -1, 1.5, True, "3", None)),
         *(("batch_size", value) for value in (0, -4, 2.0)),
         *(("shift", value) for value in (-1, 0.5)),
+        *(("warp", value) for value in (-0.1, math.nan, math.inf, "0.1")),
         *(("learning_rate", value) for value in (0, -0.1, math.nan, math.inf, "0.1")),
     ],
 )
@@ -255,6 +257,56 @@ def test_random_shift_is_one_of_the_shifts_with_zeros_coming_in(shift):
         # 400 draws miss one of 25 shifts with chance 2e-6; the seed is fixed.
         assert (hits == 1).all()
         assert drawn == set(offsets)
+
+
+@pytest.mark.parametrize("warp", [0.05, 0.15, 0.6])
+def test_random_warp_is_a_linear_map_about_the_centre(warp):
+    images = torch.rand(30, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    warped = random_warp(images, warp, torch.Generator().manual_seed(1))
+    assert torch.equal(images, before)
+    entries = 2 * torch.rand((30, 2, 2), generator=torch.Generator().manual_seed(1)) - 1
+    for image, result, entry in zip(images, warped, entries, strict=True):
+        # SciPy counts rows first, columns second, and from the corner.
+        map_of_rows = (torch.eye(2) + warp * entry).flip(0, 1).double().numpy()
+        expected = ndimage.affine_transform(
+            image[0].double().numpy(),
+            map_of_rows,
+            offset=[4, 4] - map_of_rows @ [4, 4],
+            order=1,
+            mode="grid-constant",
+        )
+        # 1e-5 is rounding; the map of another corner or transposed is off by tenths.
+        assert result[0].numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_no_warp_is_none():
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert random_warp(images, 0, torch.Generator()) is images
+
+
+def test_warps_stay_in_the_range_of_the_pixels():
+    images = torch.ones(200, 1, 28, 28)
+    images[:, :, 10:18] = 0
+    warped = random_warp(images, 0.2, torch.Generator().manual_seed(0))
+    assert warped.min() == 0
+    assert warped.max() == 1
+
+
+def test_processes_share_the_warps_of_one(monkeypatch):
+    images = TensorDataset(torch.rand(8, 1, 28, 28), torch.arange(8))
+    settings = {"batch_size": 4, "shift": 1, "warp": 0.1}
+
+    def batches():
+        return list(shuffled(images, **settings, generator=torch.Generator().manual_seed(0)))
+
+    alone = batches()
+    monkeypatch.setattr("src.distributed.processes", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr("src.distributed.rank", lambda rank=rank: rank)
+        for (whole, labels), (share, own) in zip(alone, batches(), strict=True):
+            assert torch.equal(share, whole[rank::2])
+            assert torch.equal(own, labels[rank::2])
 
 
 def enlarged(count):
