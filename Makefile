@@ -29,7 +29,7 @@ test: $(VENV)/ready-to-test
 
 # One that was stopped while it certified goes on with its own command and --resume.
 REFERENCE := --models reference/models --results reference/results
-SMOOTHING := $(BIN)/python main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 0 \
+SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 0 \
   --every 20 --n 100000 $(REFERENCE)
 ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 
@@ -40,11 +40,13 @@ reference: $(VENV)/ready
 	    "0.50 120 --method smoothadv-consistency --consistency 2 --optimizer muon --votes int8" \
 	    "1.00 160 --method confidence --optimizer muon --votes int8"; do \
 	  set -- $$recipe; sigma=$$1; epochs=$$2; shift 2; \
-	  $(SMOOTHING) --sigma $$sigma --epochs $$epochs "$$@" --name smoothing_best_$$sigma || exit 1; \
-	  $(SMOOTHING) --sigma $$sigma --epochs 100 \
+	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs $$epochs "$$@" --name smoothing_best_$$sigma || exit 1; \
+	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs 100 \
 	    --votes $$(test $$sigma = 1.00 && echo float32 || echo int16) \
 	    --name smoothing_gaussian_$$sigma || exit 1; \
 	done
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 -- $(SMOOTHING) --sigma 1.00 --epochs 120 \
+	  --method confidence --optimizer muon --votes int8 --name smoothing_45min_1.00
 	for seed in 0 1 2; do \
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \

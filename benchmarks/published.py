@@ -27,7 +27,9 @@ from src.plotting import plot_certified_accuracy
 from src.tables import format_table, summarise
 
 REFERENCE = Path("reference")
-OURS = ("gaussian", "best")
+# Part of the files' names: what the tables call it. The last is there where the best takes longer.
+OURS = {"gaussian": "gaussian", "best": "best", "45min": "best in 45 min"}
+DRAWN = ("here, gaussian", "here, best")
 SIGMAS = (0.25, 0.5, 1.0)
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 
@@ -35,10 +37,10 @@ QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 def our_rows(sigma: float, results: Path) -> dict[str, list[dict]]:
     """The committed certificates at one sigma by the name of their recipe and seed."""
     found = {}
-    for kind in OURS:
+    for kind, called in OURS.items():
         for path in sorted(results.glob(f"smoothing_{kind}_{sigma:.2f}*_certificates.csv")):
             seed = path.stem.removesuffix("_certificates").partition("_seed")[2]
-            found[f"here, {kind}" + (f", seed {seed}" if seed else "")] = read_rows(path)
+            found[f"here, {called}" + (f", seed {seed}" if seed else "")] = read_rows(path)
     return found
 
 
@@ -172,7 +174,7 @@ def main():
         published = published_curves(sigma, REFERENCE / "published_certificates.csv")
         print(published_lines(sigma, ours, published) + "\n")
         plot_certified_accuracy(
-            {name: rows for name, rows in ours.items() if "seed" not in name},
+            {name: rows for name, rows in ours.items() if name in DRAWN},
             REFERENCE / "figures" / f"published_{sigma:.2f}.png",
             f"Certified accuracy, $\\sigma$ = {sigma:g}, 500 test images, n = 100,000",
             published={name: method["curve"] for name, method in published.items()},
