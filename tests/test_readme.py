@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import autoattack, cures, published, robust_models
+from benchmarks import autoattack, cures, published, robust_models, worst_case
 from src.certificates import read_rows, verify
 from src.checkpoints import load_checkpoint, weights_digest
 from src.comparison import MODELS
@@ -53,6 +53,18 @@ def test_certificate_tables_are_those_of_the_rows(certificates):
     radii = [0.25 * step for step in range(7)]
     assert certificate_lines(certificates, radii) in README
     assert population_lines(certificates, radii[2::2]) in README
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_worst_case_of_the_default_run_is_that_of_the_rows(norm):
+    rows = read_rows(RESULTS / f"worst_case_{norm}.csv")
+    share, interval = worst_case.standing(rows).split(" ", 1)
+    right = sum(int(row["square"]) for row in rows)
+    assert f"**{share} %** {interval} ({right} of {len(rows)})" in README
+    # Of the very model that the tables above it are of.
+    twin = json.loads((RESULTS / f"worst_case_{norm}.json").read_text())
+    certified = json.loads((RESULTS / "certificates_adversarial.json").read_text())
+    assert twin["model_digest"] == certified["settings"]["model_digest"]
 
 
 @pytest.mark.parametrize(
