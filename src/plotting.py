@@ -88,7 +88,7 @@ def plot_held_out_robustness(
         axes.axvline(history["best_epoch"], color="black", ls=":", lw=1, label="epoch kept")
         axes.set(xlabel="epoch", ylabel="held-out accuracy", title=title, ylim=(0, 1.02))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower left")
         _save(figure, path)
 
 
