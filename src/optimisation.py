@@ -27,7 +27,9 @@ def updater(
     inner = matrices if optimizer == "muon" else []
     others = [weight for weight in weights if all(weight is not one for one in inner)]
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay)]
-    optimizers += [Muon(inner, lr=learning_rate, weight_decay=weight_decay)] if inner else []
+    if inner:
+        dtype = getattr(torch, precision)
+        optimizers += [Muon(inner, learning_rate, weight_decay=weight_decay, dtype=dtype)]
     # One step more than there are updates: the cycle's last learning rate is zero. Its rise takes
     # a fifth; of a handful of updates a little more, or the schedule would divide by zero.
     rise = max(0.2, 1.5 / (updates + 1))

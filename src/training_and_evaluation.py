@@ -98,9 +98,9 @@ def train_model(
         warp: largest entry of its random linear distortion (`random_warp`); 0.1 turns, shears and
             stretches by up to a tenth.
         averaging: decay of the running average of the weights, an update; 0 for none.
-        precision: "float32", or "bfloat16" for convolutions and matrix products (autocast), with
-            weights, statistics and updates in float32: twice as fast on processors with units
-            for it (`benchmarks/training.py`).
+        precision: "float32", or "bfloat16" for convolutions and matrix products (autocast, and
+            those inside Muon), with weights and statistics in float32: faster on processors with
+            units for it.
         optimizer: "adamw", or "muon" for the weights between the first and the last layer
             (`src/muon.py`): more is learnt in as many epochs, each about a tenth longer.
         seed: of the order of the images, their shifts and warps. Losses that draw noise use torch's

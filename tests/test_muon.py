@@ -14,16 +14,20 @@ def normals(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
+# bfloat16 rounds by up to 2^-9, in each of the iterations.
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("shape", [(32, 400), (40, 64), (200, 30), (1, 7)])
-def test_orthogonal_brings_singular_values_near_one_and_turns_nothing(shape):
+def test_orthogonal_brings_singular_values_near_one_and_turns_nothing(shape, dtype, rounding):
     matrix = normals(*shape)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     assert (s > matrix.norm() / 300).all()
-    inner = u.T @ orthogonal(matrix) @ vh.T
+    found = orthogonal(matrix, dtype=dtype)
+    assert found.dtype == torch.float32
+    inner = u.T @ found @ vh.T
     values = inner.diagonal()
-    torch.testing.assert_close(inner, values.diag(), atol=2e-3, rtol=0)
-    assert (values > 0.68).all()
-    assert (values < 1.21).all()
+    torch.testing.assert_close(inner, values.diag(), atol=rounding, rtol=0)
+    assert (values > 0.68 - rounding).all()
+    assert (values < 1.21 + rounding).all()
 
 
 def test_orthogonal_is_the_published_iteration():
@@ -69,7 +73,8 @@ def test_momentum_is_that_of_nesterov():
     torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_muon_takes_what_lies_between_the_first_and_the_last_layer():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_muon_takes_what_lies_between_the_first_and_the_last_layer(precision):
     network = ConvNN(channels=(2, 3), hidden=4)
     start = {name: weight.detach().clone() for name, weight in network.named_parameters()}
     slope = {name: normals(*weight.shape) for name, weight in start.items()}
@@ -80,14 +85,15 @@ def test_muon_takes_what_lies_between_the_first_and_the_last_layer():
         ), images
 
     zeros = torch.zeros(4, 10)
-    updater(network, 10, 0.01, 0.0, "float32", "muon")(loss, zeros, zeros[:, 0].long())
+    updater(network, 10, 0.01, 0.0, precision, "muon")(loss, zeros, zeros[:, 0].long())
     # The cycle begins at a 25th of the learning rate.
     for name, weight in network.named_parameters():
         change = (start[name] - weight.detach()) / (0.01 / 25)
         expected = slope[name].sign()
         if name in ("conv2.weight", "hidden.weight"):
             matrix = slope[name].flatten(1)
-            expected = 0.2 * max(matrix.shape) ** 0.5 * orthogonal(matrix).view(change.shape)
+            update = orthogonal(matrix, dtype=getattr(torch, precision))
+            expected = 0.2 * max(matrix.shape) ** 0.5 * update.view(change.shape)
         torch.testing.assert_close(change, expected, rtol=0.01, atol=0.01)
 
 
