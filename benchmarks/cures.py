@@ -3,9 +3,10 @@
 With a single step a network can learn to defeat the step instead of the ball (catastrophic
 overfitting). Each cure trains the same ConvNN (16-32, hidden layer of 100) with one gradient step
 an update, l-infinity, epsilon = 0.3, and ends with its last epoch, so that a collapse shows; only
-"best epoch" picks the best one under PGD on held-out training images. The judge is the strongest
-attack of src/strong_attacks.py, on the first --images of the test images 0, 20, 40, ... A row is
-written to --rows as soon as it is finished; rows that are there are not made again.
+"best epoch" picks the epoch by PGD on held-out training images, as main_adv_training.py
+does. The judge is the strongest attack of src/strong_attacks.py, on the first --images of the test
+images 0, 20, 40, ... A row is written to --rows as soon as it is finished; rows that are there are
+not made again.
 
 Run: python -m benchmarks.cures --rows results/cures.csv
 """

@@ -77,13 +77,12 @@ def train_model(
     device: str | torch.device | None = None,
     watch: Callable[[nn.Module], dict[str, float]] | None = None,
     select: str | None = None,
-    tolerance: float = 0.0,
     progress: bool = True,
 ) -> dict:
     """Train in place with AdamW or Muon on one cycle of the learning rate (Smith, 2018).
 
     The model ends with the running average of its weights (Polyak and Juditsky, 1992), in
-    evaluation mode; or with those of the epoch that `select` picks. Started by torchrun,
+    evaluation mode; or with those of the best epoch, if `select` is given. Started by torchrun,
     the processes share each batch and end with the same weights.
 
     Args:
@@ -108,8 +107,7 @@ def train_model(
             global generator: call `seed_everything` for those.
         device: where to train; default: where the model is.
         watch: averaged model -> figures, called after each epoch.
-        select: the figure of `watch` by which to pick the epoch to end with, the higher the better.
-        tolerance: the last epoch is picked whose figure is at most this much below the highest.
+        select: the figure of `watch` whose highest value picks the epoch to end with.
         progress: show a progress bar.
 
     Returns:
@@ -124,7 +122,6 @@ def train_model(
     _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, averaging)
     check_count("shift", shift, 0)
     check_number("warp", warp)
-    check_number("tolerance", tolerance)
     check_precision(precision, FLOATS)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"'optimizer' is {optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
@@ -167,9 +164,9 @@ def train_model(
             if select and select not in row:
                 raise ValueError(f"'select' is {select!r}, which 'watch' does not return.")
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in _QUIET})
-            best_figure = max(best_figure, row[select]) if select else best_figure
-            if select and row[select] >= best_figure - tolerance:
-                best_state, history["best_epoch"] = copy.deepcopy(averaged.state_dict()), epoch
+            if select and row[select] > best_figure:
+                best_figure, best_state = row[select], copy.deepcopy(averaged.state_dict())
+                history["best_epoch"] = epoch
     model.load_state_dict(best_state or averaged.state_dict())
     model.eval()
     return history
