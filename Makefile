@@ -31,22 +31,25 @@ test: $(VENV)/ready-to-test
 REFERENCE := --models reference/models --results reference/results
 SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 0 \
   --every 20 --n 100000 $(REFERENCE)
+TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 --
 ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 
 reference: $(VENV)/ready
 	$(BIN)/python -m src.mnist_files
-	for recipe in \
-	    "0.25 60 --method smoothadv-consistency --consistency 2 --optimizer muon --votes int8 --shift 1" \
-	    "0.50 120 --method smoothadv-consistency --consistency 2 --optimizer muon --votes int8" \
-	    "1.00 160 --method confidence --optimizer muon --votes int8"; do \
-	  set -- $$recipe; sigma=$$1; epochs=$$2; shift 2; \
-	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs $$epochs "$$@" --name smoothing_best_$$sigma || exit 1; \
+	for sigma in 0.25 0.50 1.00; do \
 	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs 100 \
 	    --votes $$(test $$sigma = 1.00 && echo float32 || echo int16) \
 	    --name smoothing_gaussian_$$sigma || exit 1; \
 	done
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 -- $(SMOOTHING) --sigma 1.00 --epochs 120 \
-	  --method confidence --optimizer muon --votes int8 --name smoothing_45min_1.00
+	$(BIN)/python $(SMOOTHING) --sigma 0.25 --epochs 60 --shift 1 --method smoothadv-consistency \
+	  --consistency 2 --optimizer muon --votes int8 --name smoothing_best_0.25
+	$(TWO) $(SMOOTHING) --sigma 0.50 --epochs 120 --method smoothadv-consistency --consistency 2 \
+	  --channels 32 64 --warp 0.1 --precision bfloat16 --optimizer muon --votes int8 \
+	  --name smoothing_best_0.50
+	$(BIN)/python $(SMOOTHING) --sigma 1.00 --epochs 160 --method confidence --optimizer muon \
+	  --votes int8 --name smoothing_best_1.00
+	$(TWO) $(SMOOTHING) --sigma 1.00 --epochs 120 --method confidence --optimizer muon --votes int8 \
+	  --name smoothing_45min_1.00
 	for seed in 0 1 2; do \
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
