@@ -56,7 +56,8 @@ reference: $(VENV)/ready
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
 	    --attack pgd --steps 5 --hidden 512 --shift 1 --warp 0 --epochs 16 || exit 1; \
 	done
-	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 5 --hidden 512 --warp 0 --epochs 16
+	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 7 --channels 24 48 \
+	  --optimizer muon --epochs 24
 	$(BIN)/python main_training.py $(REFERENCE) --name standard
 	$(BIN)/python main_compare.py --every 40 --n 100000 --precision int16 \
 	  --standard reference/models/standard.pt --smoothed reference/models/smoothing_best_0.50.pt \
