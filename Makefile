@@ -46,10 +46,8 @@ reference: $(VENV)/ready
 	$(TWO) $(SMOOTHING) --sigma 0.50 --epochs 120 --method smoothadv-consistency --consistency 2 \
 	  --channels 32 64 --warp 0.1 --precision bfloat16 --optimizer muon --votes int8 \
 	  --name smoothing_best_0.50
-	$(BIN)/python $(SMOOTHING) --sigma 1.00 --epochs 160 --method confidence --optimizer muon \
-	  --votes int8 --name smoothing_best_1.00
-	$(TWO) $(SMOOTHING) --sigma 1.00 --epochs 120 --method confidence --optimizer muon --votes int8 \
-	  --name smoothing_45min_1.00
+	$(TWO) $(SMOOTHING) --sigma 1.00 --epochs 110 --method confidence --channels 32 64 \
+	  --precision bfloat16 --optimizer muon --votes int8 --name smoothing_best_1.00
 	for seed in 0 1 2; do \
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
