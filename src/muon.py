@@ -53,15 +53,24 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """U V^T of the singular value decomposition U S V^T, roughly: singular values near one.
 
-    Five iterations take singular values above 1/300 of the Frobenius norm to between 0.68 and 1.21.
-    They are iterations of the small square matrix X X^T; only two products with X are large. In
-    bfloat16 as `dtype` the bounds move by a few hundredths.
+    Five iterations take singular values above 1/300 of the Frobenius norm to between 0.68 and 1.21,
+    and no smaller one above that. In bfloat16 as `dtype` the bounds move by a few hundredths.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T, iterations, dtype).T
-    a, b, c = _COEFFICIENTS
     given = matrix.dtype
     matrix = (matrix / matrix.norm().clamp(min=1e-30)).to(dtype or given)
+    # Rounding leaves small eigenvalues of X X^T a little below zero, and each iteration multiplies
+    # those by twelve or more: bfloat16 needs a new X X^T before they grow.
+    at_once = 2 if matrix.dtype == torch.bfloat16 else iterations
+    for done in range(0, iterations, at_once):
+        matrix = _iterated(matrix, min(at_once, iterations - done))
+    return matrix.to(given)
+
+
+def _iterated(matrix: Tensor, iterations: int) -> Tensor:
+    """Iterations of the small square matrix X X^T: only two products with X are large."""
+    a, b, c = _COEFFICIENTS
     square = matrix @ matrix.T
     product = None
     for number in range(1, iterations + 1):
@@ -70,4 +79,4 @@ def orthogonal(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None = 
         product = factor if product is None else factor @ product
         if number < iterations:
             square = factor @ square @ factor
-    return (product @ matrix).to(given)
+    return product @ matrix

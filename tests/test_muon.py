@@ -1,5 +1,7 @@
 """The optimiser Muon."""
 
+import math
+
 import pytest
 import torch
 
@@ -28,6 +30,18 @@ def test_orthogonal_brings_singular_values_near_one_and_turns_nothing(shape, dty
     torch.testing.assert_close(inner, values.diag(), atol=rounding, rtol=0)
     assert (values > 0.68 - rounding).all()
     assert (values < 1.21 + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decades", [2, 4, 6, math.inf])
+@pytest.mark.parametrize("shape", [(64, 800), (256, 300)])
+def test_orthogonal_blows_up_no_small_singular_value(shape, decades, dtype):
+    # As gradients have: from one down to 10^-decades. In bfloat16 it gave values of 300 once.
+    rows, columns = (torch.linalg.qr(normals(side, shape[0])).Q for side in shape)
+    sizes = torch.logspace(0, -decades, shape[0]) if decades < math.inf else torch.eye(shape[0])[0]
+    values = torch.linalg.svdvals(orthogonal(rows * sizes @ columns.T, dtype=dtype))
+    assert values.max() < 1.26
+    assert values.max() > 0.6
 
 
 def test_orthogonal_is_the_published_iteration():
