@@ -41,8 +41,12 @@ reference: $(VENV)/ready
 	    --votes $$(test $$sigma = 1.00 && echo float32 || echo int16) \
 	    --name smoothing_gaussian_$$sigma || exit 1; \
 	done
-	$(BIN)/python $(SMOOTHING) --sigma 0.25 --epochs 60 --shift 1 --method smoothadv-consistency \
-	  --consistency 2 --optimizer muon --votes int8 --name smoothing_best_0.25
+	for seed in 0 1 2; do \
+	  of=; test $$seed = 0 || of=_seed$$seed; \
+	  $(BIN)/python $(SMOOTHING) --sigma 0.25 --epochs 60 --shift 1 --method smoothadv-consistency \
+	    --consistency 2 --optimizer muon --votes int8 --seed $$seed \
+	    --name smoothing_best_0.25$$of || exit 1; \
+	done
 	$(TWO) $(SMOOTHING) --sigma 0.50 --epochs 120 --method smoothadv-consistency --consistency 2 \
 	  --channels 32 64 --warp 0.1 --precision bfloat16 --optimizer muon --votes int8 \
 	  --name smoothing_best_0.50
