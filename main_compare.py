@@ -40,17 +40,11 @@ def main(argv=None):
     shard = args.shard or (rank() + 1, processes())
     models = load_models(args.models, device, {name: getattr(args, name) for name in MODELS})
     sigma = args.sigma or smoothing_sigma(models["smoothed"])
-    precision = args.precision
     results = Path(args.results)
     resume = args.resume or restarted()
+    precision = args.precision
     if precision == "auto":
-        # Rows that stand decide: on a busy machine a second measurement may come out otherwise.
-        precision = from_main(
-            lambda: (
-                (resume and recorded_precision(results, "standard", shard))
-                or fastest_precision(models["smoothed"], *models.values())
-            )
-        )
+        precision = measured_precision(models, results, shard, resume=resume)
     facts = provenance(Path(__file__).stem, args, argv)
 
     results.mkdir(parents=True, exist_ok=True)
@@ -100,6 +94,17 @@ def main(argv=None):
         if processes() > 1:
             drop_shards(models, results, processes())
         print(f"\nFigures in {args.figures}/, rows in {args.results}/")
+
+
+def measured_precision(models, results: Path, shard, *, resume: bool) -> str:
+    """The precision in which the networks vote fastest here, or that of rows to go on with."""
+
+    def measure() -> str:
+        # Rows that stand decide: on a busy machine a second measurement may come out otherwise.
+        recorded = resume and recorded_precision(results, "standard", shard)
+        return recorded or fastest_precision(models["smoothed"], *models.values())
+
+    return from_main(measure)
 
 
 def option_parser():

@@ -151,20 +151,8 @@ def report_smoothing(
         seed: of the noise.
         resume: go on with the certificates of an interrupted run, see `record_certificates`.
     """
-    few = spread(test, images)
-    predictions = smooth.predict(few.tensors[0], n=1000, seed=seed)
-    hits, abstained = predictions == few.tensors[1], predictions == ABSTAIN
-    base = smooth.base_classifier.inference_form(smooth.precision)
-    clean = accuracy(base, test)
-    noisy = accuracy(SmoothClassifier(base, smooth.sigma), test)
-    lines = [
-        (f"base, clean images, {smooth.precision}", f"{len(test):,}", percent(clean)),
-        (f"base, one noisy draw, {smooth.precision}", f"{len(test):,}", percent(noisy)),
-        ("smoothed (n = 1,000)", f"{len(few):,}", percent(*proportion(hits))),
-        ("abstentions", f"{len(few):,}", percent(*proportion(abstained))),
-    ]
+    clean, lines = _accuracy_lines(smooth, test, images, seed)
     print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
-
     settings = {"n0": 100, "n": n, "alpha": 0.001, "seed": seed, "two_sided": True}
     rows = record_certificates(
         Path(results) / f"{name}_certificates.csv",
@@ -187,6 +175,22 @@ def report_smoothing(
         title=f"The same digits under noise, as the network trained at $\\sigma$ = "
         f"{smooth.sigma:g} sees them",
     )
+
+
+def _accuracy_lines(smooth: SmoothClassifier, test: TensorDataset, images: int, seed: int):
+    """The base's accuracy on clean images, and the table's lines about it and the smoothed one."""
+    few = spread(test, images)
+    predictions = smooth.predict(few.tensors[0], n=1000, seed=seed)
+    hits, abstained = predictions == few.tensors[1], predictions == ABSTAIN
+    base = smooth.base_classifier.inference_form(smooth.precision)
+    clean = accuracy(base, test)
+    noisy = accuracy(SmoothClassifier(base, smooth.sigma), test)
+    return clean, [
+        (f"base, clean images, {smooth.precision}", f"{len(test):,}", percent(clean)),
+        (f"base, one noisy draw, {smooth.precision}", f"{len(test):,}", percent(noisy)),
+        ("smoothed (n = 1,000)", f"{len(few):,}", percent(*proportion(hits))),
+        ("abstentions", f"{len(few):,}", percent(*proportion(abstained))),
+    ]
 
 
 def _noisy_gallery(smooth: SmoothClassifier, test: TensorDataset, seed: int):
