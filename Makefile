@@ -56,7 +56,8 @@ reference: $(VENV)/ready
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
-	    --attack pgd --steps 5 --hidden 512 --shift 1 --warp 0 --epochs 16 || exit 1; \
+	    --attack pgd --steps 5 --channels 32 64 --precision bfloat16 --optimizer muon --epochs 20 \
+	    || exit 1; \
 	done
 	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 7 --channels 24 48 \
 	  --optimizer muon --epochs 24
