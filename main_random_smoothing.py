@@ -23,7 +23,7 @@ NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
 TRAINING += ("consistency", "confidence", "channels", "hidden", "held_out", "precision")
-TRAINING += ("optimizer", "warp", "quick")
+TRAINING += ("optimizer", "warp", "attack_draws", "quick")
 
 
 def main(argv=None):
@@ -98,6 +98,7 @@ def train(images, held_out, args, device):
         images,
         loss_schedule=ramped_smoothing_loss(
             args.method,
+            attack_draws=args.attack_draws,
             epsilon=args.epsilon,
             consistency=args.consistency,
             confidence=args.confidence,
@@ -130,6 +131,9 @@ def option_parser():
         "--epsilon",
         type=number(),
         help="l2 length of the SmoothAdv step, pixel units; default: that of the method",
+    )
+    parser.add_argument(
+        "--attack-draws", type=count(), help="draws that the SmoothAdv step sees; default: all"
     )
     parser.add_argument(
         "--consistency", type=number(), help="weight of Consistency; default: that of the method"

@@ -17,9 +17,9 @@ from src.training_and_evaluation import Loss
 METHODS = {
     "gaussian": {"draws": 1},
     "consistency": {"draws": 2, "consistency": 5.0, "entropy": 0.5},
-    "smoothadv": {"draws": 2, "epsilon": 1.0},
-    "smoothadv-consistency": {"draws": 2, "epsilon": 1.0, "consistency": 3.0, "entropy": 0.5},
+    "smoothadv": {"draws": 2, "attack_draws": 2, "epsilon": 1.0},
 }
+METHODS["smoothadv-consistency"] = METHODS["smoothadv"] | {"consistency": 3.0, "entropy": 0.5}
 # The last one, its images weighted by confidence; see reference/README.md.
 METHODS["confidence"] = METHODS["smoothadv-consistency"] | {"consistency": 2.0, "confidence": 0.2}
 
@@ -30,6 +30,7 @@ def smoothing_loss(
     labels: Tensor,
     *,
     draws: int = 1,
+    attack_draws: int | None = None,
     epsilon: float = 0.0,
     consistency: float = 0.0,
     entropy: float = 0.0,
@@ -51,6 +52,7 @@ def smoothing_loss(
         images: (B, 1, 28, 28), pixels in [0, 1].
         labels: int64 (B,).
         draws: noisy copies of each image.
+        attack_draws: how many of them, the first, the SmoothAdv step sees; None for all.
         epsilon: l2 length of the SmoothAdv step, in pixel units; 0 for none.
         consistency, entropy: weights of the two further terms; they need two draws or more.
         confidence: the power q of the mean probability of the label; 0 weights all images alike.
@@ -60,7 +62,7 @@ def smoothing_loss(
     """
     noise = smooth.sigma * torch.randn((draws, *images.shape), device=images.device)
     if epsilon:
-        images = _ascend(smooth.base_classifier, images, labels, noise, epsilon)
+        images = _ascend(smooth.base_classifier, images, labels, noise[:attack_draws], epsilon)
     logits = _at(smooth.base_classifier, images, noise)
     log_p = F.log_softmax(logits, dim=2)
     own = log_p.gather(2, labels.expand(draws, -1)[:, :, None])[:, :, 0]
@@ -91,30 +93,37 @@ def _ascend(base, images, labels, noise, epsilon) -> Tensor:
 
 
 def ramped_smoothing_loss(
-    method: str, *, ramp: float = 0.3, **weights: float | None
+    method: str, *, ramp: float = 0.3, attack_draws: int | None = None, **weights: float | None
 ) -> Callable[[float], Loss]:
     """A `loss_schedule`: the loss of a method, its added terms growing over the first `ramp`.
 
     Args:
         method: one of METHODS.
         ramp: fraction of the training, in (0, 1].
+        attack_draws: of `smoothing_loss`, in place of what the method has; None for that.
         weights: `epsilon`, `consistency`, `entropy` or `confidence` of `smoothing_loss` in place of
             what the method has; None for that.
 
     Raises:
-        ValueError: for another method, and for a weight of a term that the method does not have.
+        ValueError: for another method, for a weight of a term that the method does not have, and
+            for more draws of the attack than of the method.
     """
     if method not in METHODS:
         raise ValueError(f"'method' is {method!r}; use one of {', '.join(map(repr, METHODS))}.")
-    given = {name: weight for name, weight in weights.items() if weight is not None}
+    given = {"attack_draws": attack_draws} | weights
+    given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() - METHODS[method].keys():
         raise ValueError(f"The method {method!r} has no {name!r}; choose another method.")
     terms = METHODS[method] | given
-    draws = terms.pop("draws")
+    draws, seen = terms.pop("draws"), terms.pop("attack_draws", None)
+    if seen is not None and not 1 <= seen <= draws:
+        raise ValueError(
+            f"'attack_draws' is {seen!r}; use one from 1 to the {draws} draws of {method!r}."
+        )
 
     def loss_at(progress: float) -> Loss:
         part = min(progress / ramp, 1.0)
         grown = {name: part * weight for name, weight in terms.items()}
-        return partial(smoothing_loss, draws=draws, **grown)
+        return partial(smoothing_loss, draws=draws, attack_draws=seen, **grown)
 
     return loss_at

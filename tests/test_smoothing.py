@@ -1,5 +1,7 @@
 """The losses of training under noise, against their formulas."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,12 +101,13 @@ def test_confidence_weights_the_further_terms_too(smooth, batch):
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
-def test_smoothadv_steps_up_the_loss_of_the_mean_prediction(smooth, batch):
+@pytest.mark.parametrize("seen", [1, 2, None])
+def test_smoothadv_steps_up_the_loss_of_the_mean_prediction(smooth, batch, seen):
     images, labels = batch
     noise = noise_of(2)
 
     def mean_loss(points):
-        mean = at(smooth, points, noise).exp().mean(0)
+        mean = at(smooth, points, noise[:seen]).exp().mean(0)
         return -mean.gather(1, labels[:, None]).log().sum()
 
     points = images.clone().requires_grad_()
@@ -113,7 +116,7 @@ def test_smoothadv_steps_up_the_loss_of_the_mean_prediction(smooth, batch):
     moved = (images + 0.8 * gradient / length).clamp(0, 1)
     expected = torch.stack([F.nll_loss(p, labels) for p in at(smooth, moved, noise)]).mean()
     torch.manual_seed(7)
-    loss, _ = smoothing_loss(smooth, *batch, draws=2, epsilon=0.8)
+    loss, _ = smoothing_loss(smooth, *batch, draws=2, attack_draws=seen, epsilon=0.8)
     torch.testing.assert_close(loss, expected)
     torch.manual_seed(7)
     assert loss > smoothing_loss(smooth, *batch, draws=2)[0]
@@ -159,14 +162,29 @@ def test_unknown_method_is_named():
     ("method", "weight"),
     [
         ("smoothadv", "epsilon"),
+        ("smoothadv", "attack_draws"),
         ("smoothadv-consistency", "consistency"),
         ("confidence", "confidence"),
     ],
 )
 def test_a_weight_of_a_method_may_be_another(smooth, batch, method, weight):
-    torch.manual_seed(7)
-    loss, _ = ramped_smoothing_loss(method, **{weight: 0.4})(0.9)(smooth, *batch)
-    torch.manual_seed(7)
-    assert loss == smoothing_loss(smooth, *batch, **METHODS[method] | {weight: 0.4})[0]
+    other = {weight: 1 if weight == "attack_draws" else 0.4}
+    losses = []
+    for loss in (
+        ramped_smoothing_loss(method, **other)(0.9),
+        partial(smoothing_loss, **METHODS[method] | other),
+        partial(smoothing_loss, **METHODS[method]),
+    ):
+        torch.manual_seed(7)
+        losses.append(loss(smooth, *batch)[0])
+    assert losses[0] == losses[1] != losses[2]
     with pytest.raises(ValueError, match=f"'gaussian' has no '{weight}'"):
-        ramped_smoothing_loss("gaussian", **{weight: 0.4})
+        ramped_smoothing_loss("gaussian", **other)
+
+
+@pytest.mark.parametrize("seen", [0, 3])
+def test_the_smoothadv_step_sees_draws_that_there_are(seen):
+    with pytest.raises(
+        ValueError, match=f"'attack_draws' is {seen}; use one from 1 to the 2 draws"
+    ):
+        ramped_smoothing_loss("smoothadv", attack_draws=seen)
