@@ -49,7 +49,8 @@ def main(argv=None):
 
     results.mkdir(parents=True, exist_ok=True)
     # One run at a time: tables and figures must be of the rows that lie beside them.
-    with lock_file(results / f"comparison-{shard[0]}-of-{shard[1]}"):
+    part = args.shard or not is_main()
+    with lock_file(results / (f"comparison-{shard[0]}-of-{shard[1]}" if part else "comparison")):
         certificates = certify_models(
             models,
             test,

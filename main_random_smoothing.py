@@ -93,6 +93,8 @@ def train(images, held_out, args, device):
     network = ConvNN(args.channels, args.hidden)
     precision = args.votes or args.precision
     smooth = SmoothClassifier(network, args.sigma, precision=precision).to(device)
+    # Refuses a precision that the device lacks now, not after the training.
+    network.inference_form(precision)
     history = train_model(
         smooth,
         images,

@@ -7,7 +7,7 @@ and, once it is finished, digests of the rows and of itself. Check both with
 
 and put the shards of a run on several machines together with
 
-    python -m src.certificates merge X.csv X.shard-*.csv
+    python -m src.certificates merge X.csv X.shard-*-of-8.csv
 """
 
 import argparse
@@ -84,7 +84,8 @@ def record_certificates(
             `TWO_SIDED` as well if the settings have "two_sided": True.
         settings: what the rows depend on (digests of model and data, sigma, n0, n, alpha, seed,
             ...), JSON values; a run is only resumed with equal ones.
-        facts: what else is worth knowing of the run, JSON values.
+        facts: what else is worth knowing of the run, JSON values; those of a run that goes on with
+            unfinished rows are added to the twin under "resumed".
         resume: go on with the rows that are there.
 
     Returns:
@@ -107,6 +108,10 @@ def record_certificates(
             set_aside(path)
             write_twin(twin, {"settings": settings, "facts": dict(facts), "finished": False})
             path.write_bytes(_text([columns]).encode())
+        elif done < len(indices):
+            content = read_twin(twin)
+            content["resumed"] = [*content.get("resumed", []), dict(facts)]
+            write_twin(twin, content)
         with path.open("a", newline="") as stream:
             for row in rows:
                 stream.write(_text([[row[column] for column in columns]]))

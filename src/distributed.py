@@ -94,7 +94,6 @@ def restarted() -> bool:
     """
     count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if processes() > 1:
-        count = count.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(count, dist.ReduceOp.MAX)
     return int(count) > 0
 

@@ -12,7 +12,7 @@ from src.checkpoints import load_checkpoint, weights_digest
 from src.models import SmoothClassifier
 from src.native import form_name
 from src.training_and_evaluation import evaluate_robustness
-from src.utils import load_mnist
+from src.utils import get_device, load_mnist
 
 _COUNTED = ("label", "prediction", "correct", "top_count", "rival_count")
 
@@ -38,17 +38,20 @@ def redraw(
         data: folder of MNIST.
 
     Returns:
-        What differs, a sentence each; empty if nothing does. Another type of device, processor or
-        form of the network may cast a vote differently in a tie of rounding errors.
+        What differs, a sentence each; empty if nothing does. Another processor or form of the
+        network may cast a vote differently in a tie of rounding errors.
 
     Raises:
-        OSError, ValueError: if a file cannot be used.
+        OSError, ValueError: if a file cannot be used, or this machine has no device of the type
+            that made the rows.
     """
     if checkpoint is None:
         raise ValueError("--redraw needs --checkpoint, the model behind the rows.")
-    model, test, found = load_checkpoint(checkpoint), load_mnist("test", data), read_rows(path)
     settings = read_twin(Path(path).with_suffix(".json"))["settings"]
     precision = settings["precision"]
+    # Each type of device has its own noise.
+    model = load_checkpoint(checkpoint, get_device(settings.get("device", "cpu")))
+    test, found = load_mnist("test", data), read_rows(path)
     if settings["model_digest"] != weights_digest(model.state_dict()):
         return [f"{checkpoint} is not the model behind the rows"]
     # Fresh entropy: whoever alters a row must not know which ones are drawn again.
@@ -81,7 +84,6 @@ def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settin
         "network": smooth.base_classifier.config,
         "data_digest": data_digest(test),
         "sigma": smooth.sigma,
-        # Each type of device has its own noise.
         "device": next(smooth.parameters()).device.type,
         "precision": smooth.precision,
         "form": form_name(smooth.base_classifier, smooth.precision),

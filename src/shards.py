@@ -53,7 +53,8 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
         set_aside(path)
         write_rows(path, rows)
         content = {"settings": _shared(twins[0]) | {"indices": indices_digest(indices)}}
-        content |= {"facts": [twin["facts"] for twin in twins], "finished": True}
+        facts = [fact for twin in twins for fact in (twin["facts"], *twin.get("resumed", []))]
+        content |= {"facts": facts, "finished": True}
         write_twin(
             path.with_suffix(".json"), content | {"rows_sha256": text_digest(read_exactly(path))}
         )

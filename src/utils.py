@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
+from src.distributed import processes
 from src.mnist_files import read_mnist
 
 
@@ -90,11 +91,15 @@ def spread(dataset: TensorDataset, size: int) -> TensorDataset:
 def get_device(name: str = "auto") -> torch.device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest.
 
+    On it float32 is float32 from then on: cuDNN's default is TF32, ten bits of mantissa. Several
+    processes do without MPS, whose tensors they cannot exchange.
+
     Raises:
         ValueError: if this machine has no such device; the message says what it has.
     """
+    torch.backends.cudnn.allow_tf32 = False
     available = ["cpu"]
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and processes() == 1:
         available.insert(0, "mps")
     if torch.cuda.is_available():
         numbered = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
@@ -111,6 +116,8 @@ def get_device(name: str = "auto") -> torch.device:
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, numpy and torch on every device.
 
+    cuDNN is told to prefer algorithms that give the same bits every time, too.
+
     torch's generator for the CPU heeds the last 32 bits of `seed` only.
 
     Raises:
@@ -122,3 +129,4 @@ def seed_everything(seed: int) -> None:
     # Unlike numpy's legacy seed, which stops at 2**32, this takes all of `seed`.
     np.random.set_bit_generator(np.random.MT19937(int(seed)))
     torch.manual_seed(int(seed))
+    torch.backends.cudnn.deterministic = True

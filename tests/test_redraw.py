@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from src.certificates import read_rows, record_certificates, verify, write_rows
+from src.certificates import (
+    read_rows,
+    read_twin,
+    record_certificates,
+    verify,
+    write_rows,
+    write_twin,
+)
 from src.checkpoints import save_checkpoint
 from src.models import ConvNN, SmoothClassifier
 from src.redraw import certificate_settings, redraw
@@ -58,6 +65,15 @@ def test_another_form_is_named_where_counts_differ(recorded, mnist_root, monkeyp
     monkeypatch.setattr("src.models.certified_radius", lambda p_lower, sigma: 9.0)
     first, *_ = redraw(recorded / "rows.csv", 3, recorded / "model.pt", mnist_root)
     assert first.endswith("here it is 'other'")
+
+
+def test_rows_of_a_device_that_is_not_here_are_not_drawn_on_another(recorded, mnist_root, tmp_path):
+    content = read_twin(recorded / "rows.json")
+    content["settings"]["device"] = "tpu"
+    write_twin(tmp_path / "rows.json", content)
+    (tmp_path / "rows.csv").write_bytes((recorded / "rows.csv").read_bytes())
+    with pytest.raises(ValueError, match="'device' = 'tpu' is not available"):
+        redraw(tmp_path / "rows.csv", 1, recorded / "model.pt", mnist_root)
 
 
 def test_another_model_is_named(recorded, mnist_root, tmp_path):

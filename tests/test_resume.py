@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from src.certificates import COLUMNS, check_rows, record_certificates, verify
+from src.certificates import COLUMNS, check_rows, read_twin, record_certificates, verify
 from src.certification import certified_radius, lower_confidence_bound
 from src.shards import merge
 
@@ -87,6 +87,21 @@ def test_torn_end_is_dropped(cut, finished):
     finished.write_bytes(whole[:-cut])
     record(finished, resume=True)
     assert finished.read_bytes() == whole
+
+
+def test_the_twin_names_every_run_that_made_rows(finished):
+    whole = finished.read_bytes()
+    assert "resumed" not in read_twin(finished.with_suffix(".json"))
+    for again in ("second", "third"):
+        finished.write_bytes(whole[:-60])
+        facts = {"command": again}
+        record_certificates(finished, INDICES, certify, SETTINGS, facts, resume=True)
+    # Nothing was left to do: no rows are of this one.
+    record_certificates(finished, INDICES, certify, SETTINGS, {"command": "idle"}, resume=True)
+    twin = read_twin(finished.with_suffix(".json"))
+    assert twin["facts"] == {"command": "test"}
+    assert twin["resumed"] == [{"command": "second"}, {"command": "third"}]
+    assert verify(finished) == []
 
 
 @pytest.mark.parametrize("rest", ["", "index,lab"])
@@ -224,10 +239,17 @@ def test_merged_shards_are_what_one_process_writes(finished, tmp_path):
     shards = [tmp_path / f"rows.shard-{k}-of-3.csv" for k in (1, 2, 3)]
     for k, shard in enumerate(shards):
         settings = SETTINGS | {"shard": f"{k + 1}/3"}
-        record_certificates(shard, INDICES[k::3], certify, settings, {})
+        record_certificates(shard, INDICES[k::3], certify, settings, {"command": k})
+    cut = shards[1].read_bytes()[:-60]
+    shards[1].write_bytes(cut)
+    again = {"command": "again"}
+    settings = SETTINGS | {"shard": "2/3"}
+    record_certificates(shards[1], INDICES[1::3], certify, settings, again, resume=True)
     merged = tmp_path / "merged.csv"
     assert merge(merged, shards[::-1]) == len(INDICES)
     assert merged.read_bytes() == finished.read_bytes()
+    made = read_twin(merged.with_suffix(".json"))["facts"]
+    assert [facts["command"] for facts in made] == [2, 1, "again", 0]
     # The script goes on from a merged file as from its own finished one.
     record_certificates(merged, INDICES, lambda left: 1 / 0, SETTINGS, {}, resume=True)
     with pytest.raises(ValueError, match="is in two of them"):

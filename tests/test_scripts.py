@@ -19,6 +19,7 @@ from src.certificates import read_rows
 from src.certification import certified_radius, lower_confidence_bound
 from src.checkpoints import load_checkpoint, weights_digest
 from src.comparison import load_models
+from src.files import lock_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("main_training", "main_adv_training", "main_random_smoothing", "main_compare")
@@ -152,6 +153,30 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
     with pytest.raises(ValueError, match="precision"):
         main_random_smoothing.main(["--quick", "--resume", "--votes=int16"])
     assert (tmp_path / rows).read_bytes() == whole
+
+
+def test_votes_that_a_device_lacks_are_refused_before_training(finished, monkeypatch):
+    def refuse(network, precision):
+        raise ValueError(f"no {precision} here")
+
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(main_random_smoothing.ConvNN, "inference_form", refuse)
+    monkeypatch.setattr(main_random_smoothing, "train_model", lambda *_, **__: pytest.fail("late"))
+    with pytest.raises(ValueError, match="no int8 here"):
+        main_random_smoothing.main(["--quick", "--votes=int8", "--name=other"])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_two_comparisons_do_not_write_one_folder(finished, monkeypatch, process):
+    # Whatever the processes of one of them; the first reports, the others only certify.
+    for name, value in (("processes", 2), ("rank", process)):
+        monkeypatch.setattr(main_compare, name, lambda value=value: value)
+    monkeypatch.setattr(main_compare, "is_main", lambda: process == 0)
+    monkeypatch.setattr(main_compare, "certify_models", lambda *_, **__: 1 / 0)
+    monkeypatch.chdir(finished)
+    error = OSError if process == 0 else ZeroDivisionError
+    with lock_file(Path("results/comparison")), pytest.raises(error):
+        main_compare.main(["--quick"])
 
 
 def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root):

@@ -513,6 +513,24 @@ def test_auto_takes_the_fastest_device(monkeypatch, cuda, mps, expected):
             get_device(name)
 
 
+def test_several_processes_do_without_mps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("src.utils.processes", lambda: 2)
+    assert get_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="'mps' is not available; use cpu or auto"):
+        get_device("mps")
+
+
+def test_float32_means_float32_and_a_seed_the_same_bits(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    get_device("cpu")
+    seed_everything(0)
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.deterministic
+
+
 def draws() -> list[float]:
     # The old global generator is what other libraries draw from.
     numpy_global = np.random.mtrand.rand
