@@ -47,8 +47,8 @@ reference: $(VENV)/ready
 	    --consistency 2 --optimizer muon --votes int8 --seed $$seed \
 	    --name smoothing_best_0.25$$of || exit 1; \
 	done
-	$(TWO) $(SMOOTHING) --sigma 0.50 --epochs 120 --method smoothadv-consistency --consistency 2 \
-	  --channels 32 64 --warp 0.1 --precision bfloat16 --optimizer muon --votes int8 \
+	$(TWO) $(SMOOTHING) --sigma 0.50 --epochs 130 --method smoothadv-consistency --consistency 2 \
+	  --attack-draws 1 --channels 32 64 --warp 0.1 --precision bfloat16 --optimizer muon --votes int8 \
 	  --name smoothing_best_0.50
 	$(TWO) $(SMOOTHING) --sigma 1.00 --epochs 110 --method confidence --channels 32 64 \
 	  --precision bfloat16 --optimizer muon --votes int8 --name smoothing_best_1.00
