@@ -21,9 +21,11 @@ def test_shares_of_votes_count_as_if_found_among_the_protocols_copies():
     assert radii.tolist() == pytest.approx([0.5 * 3.811456563, 0.5 * 0.827651563, 0, 0], abs=1e-6)
 
 
-def test_polled_images_are_spread_over_the_held_out_ones(monkeypatch):
-    # MNIST is in the order of its writers: the first 800 of 5,000 are of a handful of people.
-    data = TensorDataset(torch.zeros(50, 1, 28, 28), torch.arange(50))
+@pytest.mark.parametrize(("size", "options"), [(50, ["--images", "10"]), (5000, [])])
+def test_polled_images_are_spread_over_the_held_out_ones(monkeypatch, size, options):
+    # MNIST is in the order of its writers, two sources in turn: the first 800 of 5,000 are of a
+    # handful of people, and those at an even distance of one source.
+    data = TensorDataset(torch.zeros(size, 1, 1, 1), torch.arange(size))
     polled = []
 
     def radii(smooth, images, labels, n, seed):
@@ -35,5 +37,5 @@ def test_polled_images_are_spread_over_the_held_out_ones(monkeypatch):
         held_out.main_random_smoothing, "train", lambda *args: (SimpleNamespace(sigma=1.0), 1.0)
     )
     monkeypatch.setattr(held_out, "protocol_radii", radii)
-    held_out.main(["--images", "10", "--device", "cpu"])
-    assert polled == list(range(0, 50, 5))
+    held_out.main([*options, "--device", "cpu"])
+    assert polled == list(range(0, size, 5))
