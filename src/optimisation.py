@@ -42,7 +42,6 @@ def updater(
     device = next(model.parameters()).device
 
     def update(loss: Callable, images: Tensor, labels: Tensor) -> Tensor:
-        images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             value, logits = loss(model, images, labels)
         model.zero_grad(set_to_none=True)
