@@ -15,9 +15,10 @@ A network with a ramp hides from all four what a ball reaches behind it; so our 
 comes last (margin from 5 starts, 9 targets). The rows have the columns index, label, clean, one
 for every attack (1: still classified correctly after it and all before), and robust. They grow
 by a batch at a time; the same command takes up a run that was stopped, and more --images extend
-it. The images come in the order 0, 20, 40, ..., then 1, 21, ...: any first part of it is spread
-over the test set, whose first half is harder than its second. `--strongest` adds a column of our
-own `strongest_attack`, from the clean images.
+it, also on another device or in other batches, which the twin notes. The images come in the order
+0, 20, 40, ..., then 1, 21, ...: any first part of it is spread over the test set, whose first half
+is harder than its second. `--strongest` adds a column of our own `strongest_attack`, from the
+clean images.
 
 Measured on networks of two epochs, first images of the test set: linf 0.3 without a ramp, 500
 images, AutoAttack leaves 62.8 %, ours 62.4 %; l2 2.0 with a ramp, 200 images, AutoAttack leaves
@@ -73,13 +74,13 @@ def main(argv=None):
         "columns": columns,
         "torchattacks": VERSION,
         "order": "0, 20, 40, ..., 1, 21, ...",
-        **{name: getattr(args, name) for name in ("norm", "epsilon", "seed", "batch_size")},
+        **{name: getattr(args, name) for name in ("norm", "epsilon", "seed")},
     }
     Path(args.rows).parent.mkdir(parents=True, exist_ok=True)
     with lock_file(args.rows):
         done = finished(Path(args.rows), columns, settings)
         if done < len(order):
-            log_run(Path(args.rows), done, sys.argv[1:] if argv is None else argv)
+            log_run(Path(args.rows), done, args, sys.argv[1:] if argv is None else argv)
         for start in range(done, len(order), args.batch_size):
             indices = order[start : start + args.batch_size]
             batch = subset(test, indices)
@@ -200,12 +201,14 @@ def finished(path, columns, settings):
     return whole.count("\n") - 1
 
 
-def log_run(path, done, words):
-    """Note in the twin from which row on this command and commit made them."""
+def log_run(path, done, args, words):
+    """Note in the twin from which row on this command, commit and device made them."""
     twin = path.with_suffix(".json")
     noted = json.loads(twin.read_text())
     command = " ".join(["python -m benchmarks.autoattack", *words])
     one = {"from_row": done, "command": command, "commit": code_commit()}
+    # Neither is a setting: a run may go on elsewhere, with other draws of what is random.
+    one |= {"batch_size": args.batch_size, "device": get_device(args.device).type}
     write_json(twin, noted | {"runs": [*noted.get("runs", []), one]})
 
 

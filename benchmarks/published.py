@@ -1,9 +1,9 @@
-"""Our certificates beside the published ones of the same 500 test images.
+"""Our certificates beside the published ones of the same test images: 500, or all 10,000.
 
 Published certified accuracies are in reference/published_certificates.csv, counted on the images
-0, 20, 40, ... from the per-image rows that the authors of Consistency (NeurIPS 2020), SmoothMix
-(NeurIPS 2021) and CAT-RS (AAAI 2023) publish, caps of the radii restored. Prints a table for each
-sigma, with the distribution of p_A's lower bounds, and draws
+0, 20, 40, ... and on all of them from the per-image rows that the authors of Consistency (NeurIPS
+2020), SmoothMix (NeurIPS 2021) and CAT-RS (AAAI 2023) publish, caps of the radii restored. Prints a
+table for each sigma, with the distribution of p_A's lower bounds, and draws
 reference/figures/published_<sigma>.png.
 
 With --peers, a file of those per-image rows (tab-separated: dataset, sigma, method, idx, label,
@@ -16,6 +16,7 @@ Run: python -m benchmarks.published
 import argparse
 import csv
 import gzip
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ REFERENCE = Path("reference")
 OURS = ("gaussian", "best")
 DRAWN = ("here, gaussian", "here, best")
 SIGMAS = (0.25, 0.5, 1.0)
+# Folder of certificates of so many images.
+FOLDERS = {500: Path("results"), 10_000: Path("results/all_images")}
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 
@@ -51,11 +54,11 @@ def by_recipe(ours: Mapping[str, Sequence[Mapping]]) -> dict[str, dict[str, Sequ
     return recipes
 
 
-def published_curves(sigma: float, path: Path) -> dict[str, dict]:
-    """Method -> its `acr` and certified accuracy `curve`, {radius: share}."""
+def published_curves(sigma: float, path: Path, images: int = 500) -> dict[str, dict]:
+    """Method -> its `acr` on so many images and certified accuracy `curve`, {radius: share}."""
     methods: dict[str, dict] = {}
     for row in read_rows(path):
-        if float(row["sigma"]) == sigma:
+        if (float(row["sigma"]), int(row["images"])) == (sigma, images):
             method = methods.setdefault(row["method"], {"acr": row["acr"], "curve": {}})
             method["curve"][float(row["radius"])] = int(row["certified"]) / int(row["images"])
     return methods
@@ -81,7 +84,8 @@ def published_lines(
             acr, *_, tight = measured.std(axis=0, ddof=1)
             blank = [""] * len(shares)
             lines.append(("  standard deviation", f"{acr:.4f}", *blank, f"{tight:.4f}"))
-    header = (f"sigma = {sigma:g}", "ACR", *(f"r={at:g}" for at in radii), "two-sided")
+    first = f"sigma = {sigma:g}, {len(next(iter(ours.values()))):,} images"
+    header = (first, "ACR", *(f"r={at:g}" for at in radii), "two-sided")
     return format_table(header, lines)
 
 
@@ -118,11 +122,13 @@ def difference_lines(rows: Iterable[Mapping]) -> str:
         (
             f"sigma = {float(row['sigma']):g}, {row['ours']}",
             row["method"],
+            f"{int(row['images']):,}",
             "{:+.4f} [{:+.4f}, {:+.4f}]".format(*(float(row[k]) for k in ("mean", "low", "high"))),
         )
         for row in rows
     ]
-    return format_table(("average certified radius", "minus that of", "[95 %, paired]"), lines)
+    header = ("average certified radius", "minus that of", "images", "[95 %, paired]")
+    return format_table(header, lines)
 
 
 def differences(peers: Path) -> list[dict]:
@@ -138,8 +144,9 @@ def differences(peers: Path) -> list[dict]:
                 radii = published.setdefault((float(row["sigma"]), row["method"]), {})
                 radii[int(row["idx"])] = float(row["radius"]) * int(row["correct"])
     found = []
-    for (sigma, method), theirs in published.items():
-        for recipe, runs in by_recipe(our_rows(sigma, REFERENCE / "results")).items():
+    for (sigma, method), folder in itertools.product(published, FOLDERS.values()):
+        theirs = published[sigma, method]
+        for recipe, runs in by_recipe(our_rows(sigma, REFERENCE / folder)).items():
             # The plain training is beside the plain one only.
             if "gaussian" in recipe and method != "gaussian":
                 continue
@@ -149,7 +156,7 @@ def differences(peers: Path) -> list[dict]:
             name = recipe if len(runs) == 1 else f"{recipe}, {len(runs)} seeds"
             row = {"sigma": sigma, "ours": name, "method": method}
             found.append(row | {"images": len(own), "mean": mean, "low": low, "high": high})
-    return sorted(found, key=lambda row: (row["sigma"], row["ours"]))
+    return sorted(found, key=lambda row: (row["sigma"], row["images"], row["ours"]))
 
 
 def mean_radii(runs: Iterable[Sequence[Mapping]]) -> list[float]:
@@ -166,12 +173,14 @@ def main():
     args = parser.parse_args()
     if args.peers:
         write_rows(REFERENCE / "results" / "published_differences.csv", differences(args.peers))
-    for sigma in SIGMAS:
-        ours = our_rows(sigma, REFERENCE / "results")
+    for sigma, images in itertools.product(SIGMAS, FOLDERS):
+        ours = our_rows(sigma, REFERENCE / FOLDERS[images])
         if not ours:
             continue
-        published = published_curves(sigma, REFERENCE / "published_certificates.csv")
+        published = published_curves(sigma, REFERENCE / "published_certificates.csv", images)
         print(published_lines(sigma, ours, published) + "\n")
+        if images != 500:
+            continue
         plot_certified_accuracy(
             {name: rows for name, rows in ours.items() if name in DRAWN},
             REFERENCE / "figures" / f"published_{sigma:.2f}.png",

@@ -44,12 +44,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_rows(call, capsys):
 
 
 def test_the_twin_says_which_run_made_which_rows(call):
-    for images in (4, 4, 8):
-        path = call("a.csv", images)
+    call("a.csv", 4)
+    call("a.csv", 4)
+    path = call("a.csv", 8, "--batch-size", "2")
     runs = json.loads(path.with_suffix(".json").read_text())["runs"]
     assert [run["from_row"] for run in runs] == [0, 4]
+    assert [run["batch_size"] for run in runs] == [4, 2]
     assert "--images 8" in runs[1]["command"]
-    assert all(run["commit"] for run in runs)
+    assert all(run["commit"] and run["device"] for run in runs)
 
 
 def test_no_image_rises_again_and_the_last_column_is_the_answer(call):

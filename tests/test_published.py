@@ -23,7 +23,7 @@ def rows(shift=0.0):
 def test_table_counts_what_is_certified_at_each_radius():
     theirs = {"Other": {"acr": "0.1000", "curve": {0.0: 1.0, 0.2: 0.5}}}
     header, _, other, ours = published.published_lines(0.25, {"here": rows()}, theirs).split("\n")
-    assert header.split()[3:] == ["ACR", "r=0", "r=0.2", "two-sided"]
+    assert header.split()[3:] == ["3", "images", "ACR", "r=0", "r=0.2", "two-sided"]
     assert other.split() == ["Other", "0.1000", "100.0", "50.0"]
     # (0.4 + 0.1) / 3, and with 0.3 more on each of the two correct ones (1.1) / 3.
     assert ours.split() == ["here", "0.1667", "66.7", "33.3", "0.3667"]

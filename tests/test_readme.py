@@ -16,6 +16,7 @@ from src.tables import attack_comparison, certificate_lines, population_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "reference" / "results"
+PUBLISHED = ROOT / "reference" / "published_certificates.csv"
 README = (ROOT / "README.md").read_text()
 
 
@@ -68,13 +69,18 @@ def test_worst_case_of_the_default_run_is_that_of_the_rows(norm):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(RESULTS.glob("smoothing_*_certificates.csv")), ids=lambda path: path.stem
+    ("images", "path"),
+    [
+        pytest.param(images, path, id=f"{path.stem}-{images}")
+        for images, folder in published.FOLDERS.items()
+        for path in sorted((ROOT / "reference" / folder).glob("smoothing_*_certificates.csv"))
+    ],
 )
-def test_committed_certificates_beside_the_published_ones_verify(path):
+def test_committed_certificates_beside_the_published_ones_verify(images, path):
     assert verify(path) == []
     rows = read_rows(path)
     # The protocol of the published rows, on the same images.
-    assert [int(row["index"]) for row in rows] == list(range(0, 10_000, 20))
+    assert [int(row["index"]) for row in rows] == list(range(0, 10_000, 10_000 // images))
     assert {(row["n0"], row["n"], row["alpha"]) for row in rows} == {("100", "100000", "0.001")}
     name = path.stem.removesuffix("_certificates")
     model = load_checkpoint(ROOT / f"reference/models/{name}.pt")
@@ -82,11 +88,14 @@ def test_committed_certificates_beside_the_published_ones_verify(path):
     assert settings["model_digest"] == weights_digest(model.state_dict())
 
 
-@pytest.mark.parametrize("sigma", published.SIGMAS)
-def test_tables_beside_the_published_ones_are_those_of_the_rows(sigma):
-    ours = published.our_rows(sigma, RESULTS)
+@pytest.mark.parametrize(
+    ("sigma", "images"), [*((sigma, 500) for sigma in published.SIGMAS), (0.25, 10_000)]
+)
+def test_tables_beside_the_published_ones_are_those_of_the_rows(sigma, images):
+    ours = published.our_rows(sigma, ROOT / "reference" / published.FOLDERS[images])
     assert "here, best" in ours
-    others = published.published_curves(sigma, ROOT / "reference/published_certificates.csv")
+    assert {len(rows) for rows in ours.values()} == {images}
+    others = published.published_curves(sigma, PUBLISHED, images)
     assert published.published_lines(sigma, ours, others) in README
 
 
@@ -100,7 +109,9 @@ def test_differences_to_the_published_ones_are_those_of_the_rows():
     for row in rows:
         # The mean is the difference of two averages over the same images.
         sigma = float(row["sigma"])
-        runs = published.by_recipe(published.our_rows(sigma, RESULTS))
+        images = int(row["images"])
+        ours = published.our_rows(sigma, ROOT / "reference" / published.FOLDERS[images])
+        runs = published.by_recipe(ours)
         own = runs[re.sub(r", \d+ seeds$", "", row["ours"])].values()
         acr = statistics.mean(
             average_certified_radius(
@@ -108,7 +119,7 @@ def test_differences_to_the_published_ones_are_those_of_the_rows():
             )
             for seed in own
         )
-        others = published.published_curves(sigma, ROOT / "reference/published_certificates.csv")
+        others = published.published_curves(sigma, PUBLISHED, images)
         (theirs,) = (
             float(other["acr"])
             for name, other in others.items()
