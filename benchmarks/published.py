@@ -3,8 +3,8 @@
 Published certified accuracies are in reference/published_certificates.csv, counted on the images
 0, 20, 40, ... and on all of them from the per-image rows that the authors of Consistency (NeurIPS
 2020), SmoothMix (NeurIPS 2021) and CAT-RS (AAAI 2023) publish, caps of the radii restored. Prints a
-table for each sigma, with the distribution of p_A's lower bounds, and draws
-reference/figures/published_<sigma>.png.
+table for each sigma and set of images (ours of all images are in reference/results/all_images), the
+distribution of p_A's lower bounds, and draws the 500 to reference/figures/published_<sigma>.png.
 
 With --peers, a file of those per-image rows (tab-separated: dataset, sigma, method, idx, label,
 predict, radius, correct), it also writes the differences of the average certified radius on the
@@ -180,7 +180,7 @@ def main():
         published = published_curves(sigma, REFERENCE / "published_certificates.csv", images)
         print(published_lines(sigma, ours, published) + "\n")
         if images != 500:
-            continue
+            continue  # One figure for each sigma, of the images that every recipe has.
         plot_certified_accuracy(
             {name: rows for name, rows in ours.items() if name in DRAWN},
             REFERENCE / "figures" / f"published_{sigma:.2f}.png",

@@ -2,15 +2,16 @@
 
 Each model's clean accuracy (all 10,000 test images) and its accuracy under PGD come from what
 main_adv_training.py wrote, those under AutoAttack and then the attack behind the ramp from
-benchmarks/autoattack.py on images spread over the test set. Published figures are AutoAttack
-(standard) on all 10,000 images: of the papers' models named, and for SmallCNN as a README that
-publishes its checkpoints gives them.
+benchmarks/autoattack.py on images spread over the test set; a mean over seeds is of the images on
+which all of them were judged. Published figures are AutoAttack (standard) on all 10,000 images: of
+the papers' models named, and for SmallCNN as a README that publishes its checkpoints gives them.
 
 Run: python -m benchmarks.robust_models
 """
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from src.certificates import read_rows
@@ -47,16 +48,15 @@ def measured(stem: str, norm: str, epsilon: float, results: Path) -> dict | None
         if (row["part"], row["norm"], float(row["epsilon"])) == ("table", norm, epsilon)
         and "PGD" in row["attack"]
     )
-    rows = read_rows(paths[1])
+    rows = {int(row["index"]): row for row in read_rows(paths[1])}
     return {
         "seed": facts["options"]["seed"],
         "minutes": facts["seconds"] / 60,
         "commit": facts["commit"],
         "clean": facts["test_accuracy"],
         "pgd": float(pgd["accuracy"]),
-        "images": len(rows),
-        "autoattack": statistics.mean(int(row["square"]) for row in rows),
-        "worst": sum(int(row["robust"]) for row in rows),
+        "autoattack": {index: int(row["square"]) for index, row in rows.items()},
+        "worst": {index: int(row["robust"]) for index, row in rows.items()},
     }
 
 
@@ -81,34 +81,42 @@ def model_lines(norm: str, epsilon: float, results: Path = RESULTS) -> str:
 
 
 def _line(recipe: str, model: dict) -> tuple[str, ...]:
-    low, high = map(float, accuracy_interval(model["worst"], model["images"]))
+    standing, images = sum(model["worst"].values()), len(model["worst"])
+    low, high = map(float, accuracy_interval(standing, images))
     return (
         f"{recipe}, seed {model['seed']}",
         model["commit"],
         f"{model['minutes']:.1f}",
         f"{100 * model['clean']:.2f}",
         f"{100 * model['pgd']:.1f}",
-        f"{100 * model['autoattack']:.1f}",
-        percent(model["worst"] / model["images"], low, high),
-        f"{model['images']:,}",
+        f"{100 * statistics.mean(model['autoattack'].values()):.1f}",
+        percent(standing / images, low, high),
+        f"{images:,}",
     )
 
 
 def _mean_line(recipe: str, models: list[dict]) -> tuple[str, ...]:
-    def spread(values: list[float], digits: int) -> str:
+    def spread(values: Iterable[float], digits: int) -> str:
+        values = list(values)
         mean, deviation = statistics.mean(values), statistics.stdev(values)
         return f"{100 * mean:.{digits}f} ± {100 * deviation:.{digits}f}"
 
-    worst = [model["worst"] / model["images"] for model in models]
+    # Other images would move a mean by more than other seeds do.
+    shared = set.intersection(*(set(model["worst"]) for model in models))
+
+    def under(attack: str) -> str:
+        shares = (statistics.mean(model[attack][index] for index in shared) for model in models)
+        return spread(shares, 1)
+
     return (
         f"{recipe}, {len(models)} seeds, mean ± sd",
         "",
         f"{statistics.mean(model['minutes'] for model in models):.1f}",
-        spread([model["clean"] for model in models], 2),
-        spread([model["pgd"] for model in models], 1),
-        spread([model["autoattack"] for model in models], 1),
-        spread(worst, 1),
-        "",
+        spread((model["clean"] for model in models), 2),
+        spread((model["pgd"] for model in models), 1),
+        under("autoattack"),
+        under("worst"),
+        f"{len(shared):,}",
     )
 
 

@@ -21,7 +21,10 @@ def updater(
     precision: str,
     optimizer: str,
 ) -> Callable[..., Tensor]:
-    """A function (loss, images, labels) that updates the model once; gives [loss, accuracy]."""
+    """A function (loss, images, labels) that updates the model once; gives [loss, accuracy].
+
+    Images and labels have to be on the device of the model.
+    """
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1][1:-1]
     inner = matrices if optimizer == "muon" else []

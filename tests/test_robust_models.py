@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import robust_models
-from src.certificates import write_rows
+from src.certificates import read_rows, write_rows
 from src.files import write_json
 
 
@@ -41,9 +41,19 @@ def test_each_seed_and_their_mean_beside_the_published(results):
     assert second.split()[8:10] == ["60.0", "50.0"]
     assert mean.split("mean ± sd")[1].split() == [
         *("1.5", "98.00", "±", "1.41", "90.0", "±", "0.0"),
-        *("70.0", "±", "14.1", "60.0", "±", "14.1"),
+        *("70.0", "±", "14.1", "60.0", "±", "14.1", "10"),
     ]
     assert published.split()[-1] == "82.93"
+
+
+def test_a_mean_over_seeds_takes_the_images_that_all_were_judged_on(results):
+    path = results / "autoattack_adversarial_single_step.csv"
+    write_rows(path, [row for row in read_rows(path) if int(row["index"]) >= 4])
+    lines = robust_models.model_lines("linf", 0.3, results).split("\n")
+    # 3 of the images from 4 on of the first seed, 1 of the second.
+    assert lines[2].split()[9] == "50.0"
+    assert lines[3].split()[9] == "50.0"
+    assert lines[4].split()[-4:] == ["33.3", "±", "23.6", "6"]
 
 
 def test_a_model_that_was_not_judged_is_left_out(results):
