@@ -112,6 +112,7 @@ def train(images, held_out, args, device):
         warp=args.warp,
         precision=args.precision,
         optimizer=args.optimizer,
+        recorded=True,
         seed=args.seed,
         # One noisy draw per image: what the smoothed classifier averages over.
         watch=lambda model: {"clean": accuracy(model, held_out)},

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src import distributed
+from src.cuda_graph import Recorded
 from src.muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
@@ -15,15 +16,18 @@ OPTIMIZERS = ("adamw", "muon")
 
 def updater(
     model: nn.Module,
+    loss_schedule: Callable,
     updates: int,
     learning_rate: float,
     weight_decay: float,
     precision: str,
     optimizer: str,
+    recorded: bool = False,
 ) -> Callable[..., Tensor]:
-    """A function (loss, images, labels) that updates the model once; gives [loss, accuracy].
+    """A function (images, labels, progress) that updates the model once; gives [loss, accuracy].
 
-    Images and labels have to be on the device of the model.
+    Images and labels have to be on the device of the model. `loss_schedule` takes the progress
+    in [0, 1) to a loss; if `recorded`, on CUDA, as a tensor without dimensions.
     """
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1][1:-1]
@@ -44,20 +48,30 @@ def updater(
     ]
     device = next(model.parameters()).device
 
-    def update(loss: Callable, images: Tensor, labels: Tensor) -> Tensor:
+    def gradients(images: Tensor, labels: Tensor, progress: float | Tensor) -> Tensor:
+        loss = loss_schedule(progress)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             value, logits = loss(model, images, labels)
         model.zero_grad(set_to_none=True)
         value.backward()
+        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
+        return torch.stack([value.detach(), hits])
+
+    replayed = Recorded(gradients) if recorded and device.type == "cuda" else None
+
+    def update(images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        if replayed:
+            outcome = replayed(images, labels, torch.full((), progress, device=device))
+        else:
+            outcome = gradients(images, labels, progress)
         # By hand: the losses call the network more than once and in several forms, for which
         # DistributedDataParallel is not made. The statistics of batch normalisation are each
         # process's own in the forward pass, and averaged in what evaluation uses.
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        distributed.average(gradients + [b for b in model.buffers() if b.is_floating_point()])
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        distributed.average(found + [b for b in model.buffers() if b.is_floating_point()])
         for step in (*optimizers, *schedules):
             step.step()
-        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
-        return torch.stack([value.detach(), hits])
+        return outcome
 
     return update
 
@@ -68,7 +82,8 @@ def shuffled(
     """This process's share of batches in random order, of images moved and warped at random."""
     share = slice(distributed.rank(), None, distributed.processes())
     images, labels = dataset.tensors
-    order = torch.randperm(len(images), generator=generator)
+    # On the device at once: an index from elsewhere would make each batch wait for it.
+    order = torch.randperm(len(images), generator=generator).to(images.device)
     for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
         # Drawn for the whole batch: the same whatever the number of processes.
         moved = random_shift(images[chosen], shift, generator)
@@ -84,7 +99,9 @@ def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tens
     offsets = torch.randint(0, 2 * shift + 1, (2, len(images), 1, 1), generator=generator)
     rows = offsets[0] + torch.arange(height)[:, None]
     columns = offsets[1] + torch.arange(width)[None, :]
-    return padded[torch.arange(len(images))[:, None, None], 0, rows, columns][:, None]
+    each = torch.arange(len(images))[:, None, None]
+    each, rows, columns = (i.to(images.device, non_blocking=True) for i in (each, rows, columns))
+    return padded[each, 0, rows, columns][:, None]
 
 
 def random_warp(images: Tensor, warp: float, generator: torch.Generator) -> Tensor:
@@ -97,7 +114,7 @@ def random_warp(images: Tensor, warp: float, generator: torch.Generator) -> Tens
     if warp == 0:
         return images
     change = warp * (2 * torch.rand((len(images), 2, 2), generator=generator) - 1)
-    maps = F.pad(torch.eye(2) + change, (0, 1)).to(images)
+    maps = F.pad(torch.eye(2) + change, (0, 1)).to(images, non_blocking=True)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     # Rounding can leave the range of the pixels by a unit in the last place.
     return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)

@@ -35,6 +35,7 @@ def smoothing_loss(
     consistency: float = 0.0,
     entropy: float = 0.0,
     confidence: float = 0.0,
+    strength: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy under noise, with the terms that the methods add to it.
 
@@ -56,13 +57,16 @@ def smoothing_loss(
         epsilon: l2 length of the SmoothAdv step, in pixel units; 0 for none.
         consistency, entropy: weights of the two further terms; they need two draws or more.
         confidence: the power q of the mean probability of the label; 0 weights all images alike.
+        strength: a factor of the last four; a number or a tensor without dimensions.
 
     Returns:
         Scalar loss, and the logits (B, num_classes) of the first draw.
     """
     noise = smooth.sigma * torch.randn((draws, *images.shape), device=images.device)
     if epsilon:
-        images = _ascend(smooth.base_classifier, images, labels, noise[:attack_draws], epsilon)
+        images = _ascend(
+            smooth.base_classifier, images, labels, noise[:attack_draws], strength * epsilon
+        )
     logits = _at(smooth.base_classifier, images, noise)
     log_p = F.log_softmax(logits, dim=2)
     own = log_p.gather(2, labels.expand(draws, -1)[:, :, None])[:, :, 0]
@@ -71,9 +75,9 @@ def smoothing_loss(
         mean = log_p.exp().mean(dim=0).clamp(min=1e-20)
         cross = -(mean * log_p).sum(dim=2).mean(dim=0)
         spread = -(mean * mean.log()).sum(dim=1)
-        loss = loss + consistency * (cross - spread) + entropy * spread
+        loss = loss + strength * consistency * (cross - spread) + strength * entropy * spread
     if confidence:
-        loss = loss * own.detach().exp().mean(dim=0) ** confidence
+        loss = loss * own.detach().exp().mean(dim=0) ** (strength * confidence)
     return loss.mean(), logits[0]
 
 
@@ -94,7 +98,7 @@ def _ascend(base, images, labels, noise, epsilon) -> Tensor:
 
 def ramped_smoothing_loss(
     method: str, *, ramp: float = 0.3, attack_draws: int | None = None, **weights: float | None
-) -> Callable[[float], Loss]:
+) -> Callable[[float | Tensor], Loss]:
     """A `loss_schedule`: the loss of a method, its added terms growing over the first `ramp`.
 
     Args:
@@ -121,9 +125,10 @@ def ramped_smoothing_loss(
             f"'attack_draws' is {seen!r}; use one from 1 to the {draws} draws of {method!r}."
         )
 
-    def loss_at(progress: float) -> Loss:
-        part = min(progress / ramp, 1.0)
-        grown = {name: part * weight for name, weight in terms.items()}
-        return partial(smoothing_loss, draws=draws, attack_draws=seen, **grown)
+    def loss_at(progress: float | Tensor) -> Loss:
+        grown = progress / ramp
+        # A tensor on a GPU, which must not be waited for to compare it.
+        strength = grown.clamp(max=1) if isinstance(grown, Tensor) else min(grown, 1.0)
+        return partial(smoothing_loss, draws=draws, attack_draws=seen, **terms, strength=strength)
 
     return loss_at

@@ -64,7 +64,7 @@ def train_model(
     *,
     loss: Loss = standard_loss,
     epochs: int,
-    loss_schedule: Callable[[float], Loss] | None = None,
+    loss_schedule: Callable[[float | Tensor], Loss] | None = None,
     batch_size: int = 256,
     learning_rate: float = 1e-2,
     weight_decay: float = 1e-2,
@@ -73,6 +73,7 @@ def train_model(
     averaging: float = 0.995,
     precision: str = "float32",
     optimizer: str = "adamw",
+    recorded: bool = False,
     seed: int = 0,
     device: str | torch.device | None = None,
     watch: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -103,6 +104,9 @@ def train_model(
             units for it.
         optimizer: "adamw", or "muon" for the weights between the first and the last layer
             (`src/muon.py`): more is learnt in as many epochs, each about a tenth longer.
+        recorded: on CUDA, record the work of an update once and replay it, which does not wait for
+            Python (`src/cuda_graph.py` says what the loss must keep to); `loss_schedule` then gets
+            a tensor without dimensions.
         seed: of the order of the images, their shifts and warps. Losses that draw noise use torch's
             global generator: call `seed_everything` for those.
         device: where to train; default: where the model is.
@@ -142,7 +146,9 @@ def train_model(
     # All of it, once: MNIST is 190 MB, and shifts and warps are then made on the device as well.
     dataset = TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
     distributed.share_weights(model)
-    update = updater(model, updates, learning_rate, weight_decay, precision, optimizer)
+    schedule = loss_schedule or (lambda progress: loss)
+    settings = (updates, learning_rate, weight_decay, precision, optimizer, recorded)
+    update = updater(model, schedule, *settings)
     averaged = copy.deepcopy(model).eval()
     history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
     best_figure, best_state = -math.inf, None
@@ -156,8 +162,7 @@ def train_model(
             for images, labels in shuffled(dataset, batch_size, shift, warp, generator):
                 # Not bar.n: a bar that is switched off does not count.
                 done = len(history["step_loss"]) + len(steps)
-                loss_now = loss_schedule(done / updates) if loss_schedule else loss
-                steps.append(update(loss_now, images, labels))
+                steps.append(update(images, labels, done / updates))
                 average_weights(averaged, model, min(averaging, (done + 1) / (done + 10)))
                 bar.update()
             row = _epoch_row(history, epoch, torch.stack(steps))

@@ -153,6 +153,16 @@ def test_methods_start_as_gaussian_training_and_grow(smooth, batch):
             assert (values[0] < values[1] < values[2]) == (method != "gaussian")
 
 
+def test_progress_may_be_a_tensor(smooth, batch):
+    for method in METHODS:
+        for progress in (0.0, 0.15, 0.9):
+            values = []
+            for given in (progress, torch.tensor(progress, dtype=torch.float64)):
+                torch.manual_seed(7)
+                values.append(ramped_smoothing_loss(method)(given)(smooth, *batch)[0].item())
+            assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
 def test_unknown_method_is_named():
     with pytest.raises(ValueError, match="'macer'; use one of 'gaussian'"):
         ramped_smoothing_loss("macer")
