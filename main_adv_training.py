@@ -76,6 +76,7 @@ def train(images, held_out, args, device):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
         shift=args.shift,
         warp=args.warp,
         precision=args.precision,

@@ -23,7 +23,7 @@ NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
 TRAINING += ("consistency", "confidence", "channels", "hidden", "held_out", "precision")
-TRAINING += ("optimizer", "warp", "attack_draws", "quick")
+TRAINING += ("optimizer", "warp", "attack_draws", "weight_decay", "quick")
 
 
 def main(argv=None):
@@ -72,8 +72,9 @@ def trained(path, args, device):
         ValueError: if it was trained with other options.
     """
     network = load_checkpoint(path, device)
-    # Older checkpoints know of no other optimizer and of no warps.
-    was, now = {"optimizer": "adamw", "warp": 0} | network.facts.get("options", {}), vars(args)
+    # Older checkpoints know of no other optimizer or weight decay and of no warps.
+    older = {"optimizer": "adamw", "warp": 0, "weight_decay": 0.01}
+    was, now = older | network.facts.get("options", {}), vars(args)
     different = [name for name in TRAINING if was.get(name) != now[name]]
     if different:
         trained_with = ", ".join(f"{name} = {was.get(name)}" for name in different)
@@ -108,6 +109,7 @@ def train(images, held_out, args, device):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
         shift=args.shift,
         warp=args.warp,
         precision=args.precision,

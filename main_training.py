@@ -36,6 +36,7 @@ def main(argv=None):
         epochs=args.epochs,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
         shift=args.shift,
         warp=args.warp,
         precision=args.precision,

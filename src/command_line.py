@@ -74,6 +74,12 @@ def training_options(
     parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
     parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
     parser.add_argument(
+        "--weight-decay",
+        type=number(with_low=True),
+        default=0.01,
+        help="part of a weight, times the learning rate, that an update takes away",
+    )
+    parser.add_argument(
         "--shift", type=count(0), default=shift, help="largest random translation, in pixels"
     )
     parser.add_argument(

@@ -130,6 +130,26 @@ def test_same_command_gives_the_same_bytes(finished, tmp_path, monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("script", [main_training, main_adv_training, main_random_smoothing])
+def test_options_of_training_reach_it(mnist_root, tmp_path, monkeypatch, script):
+    class Reached(Exception):
+        pass
+
+    def train(*_, **settings):
+        given.update(settings)
+        raise Reached
+
+    given = {}
+    wanted = {"batch_size": 64, "learning_rate": 0.003, "weight_decay": 0.2}
+    wanted |= {"shift": 2, "warp": 0.07, "optimizer": "muon", "precision": "bfloat16", "seed": 5}
+    options = (f"--{name.replace('_', '-')}={value}" for name, value in wanted.items())
+    monkeypatch.setattr(script, "train_model", train)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Reached):
+        script.main(["--quick", f"--data={mnist_root}", *options])
+    assert {name: given[name] for name in wanted} == wanted
+
+
 def test_interrupted_certificates_go_on_without_training_again(finished, tmp_path, monkeypatch):
     for folder in ("models", "results"):
         (tmp_path / folder).mkdir()
