@@ -77,7 +77,7 @@ def training_options(
         "--weight-decay",
         type=number(with_low=True),
         default=0.01,
-        help="part of a weight, times the learning rate, that an update takes away",
+        help="each update shrinks a weight by this fraction times the learning rate",
     )
     parser.add_argument(
         "--shift", type=count(0), default=shift, help="largest random translation, in pixels"

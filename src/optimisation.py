@@ -18,17 +18,56 @@ def updater(
     model: nn.Module,
     loss_schedule: Callable,
     updates: int,
+    *,
     learning_rate: float,
     weight_decay: float,
     precision: str,
     optimizer: str,
     recorded: bool = False,
 ) -> Callable[..., Tensor]:
-    """A function (images, labels, progress) that updates the model once; gives [loss, accuracy].
+    """A function (images, labels, progress) that updates the model once.
 
-    Images and labels have to be on the device of the model. `loss_schedule` takes the progress
-    in [0, 1) to a loss; if `recorded`, on CUDA, as a tensor without dimensions.
+    It returns the loss and the accuracy (2,) before the update. Images and labels have to be on
+    the device of the model; `loss_schedule` takes the progress in [0, 1) to a loss. If `recorded`,
+    loss and gradients are those of a CUDA graph in a process alone on CUDA, and the schedule is
+    given the progress as a tensor without dimensions.
     """
+    steps = _optimizers(model, updates, learning_rate, weight_decay, precision, optimizer)
+    device = next(model.parameters()).device
+
+    def backward(images: Tensor, labels: Tensor, progress: float | Tensor) -> Tensor:
+        loss = loss_schedule(progress)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            value, logits = loss(model, images, labels)
+        model.zero_grad(set_to_none=True)
+        value.backward()
+        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
+        return torch.stack([value.detach(), hits])
+
+    # Beside the processes of torchrun, whose exchanges go on in the background, it is untried.
+    replayed = recorded and device.type == "cuda" and distributed.processes() == 1
+    replay = Recorded(backward) if replayed else None
+
+    def update(images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        if replay is None:
+            outcome = backward(images, labels, progress)
+        else:
+            outcome = replay(images, labels, torch.full((), progress, device=device))
+        # By hand: the losses call the network more than once and in several forms, for which
+        # DistributedDataParallel is not made. The statistics of batch normalisation are each
+        # process's own in the forward pass, and averaged in what evaluation uses.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        distributed.average(gradients + [b for b in model.buffers() if b.is_floating_point()])
+        # The gradients stay: a replay writes to the memory of the recorded ones.
+        for one in steps:
+            one.step()
+        return outcome
+
+    return update
+
+
+def _optimizers(model, updates, learning_rate, weight_decay, precision, optimizer) -> list:
+    """The optimisers of a model, then their schedules; all have to step in every update."""
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1][1:-1]
     inner = matrices if optimizer == "muon" else []
@@ -46,34 +85,7 @@ def updater(
         )
         for one in optimizers
     ]
-    device = next(model.parameters()).device
-
-    def gradients(images: Tensor, labels: Tensor, progress: float | Tensor) -> Tensor:
-        loss = loss_schedule(progress)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            value, logits = loss(model, images, labels)
-        model.zero_grad(set_to_none=True)
-        value.backward()
-        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
-        return torch.stack([value.detach(), hits])
-
-    replayed = Recorded(gradients) if recorded and device.type == "cuda" else None
-
-    def update(images: Tensor, labels: Tensor, progress: float) -> Tensor:
-        if replayed:
-            outcome = replayed(images, labels, torch.full((), progress, device=device))
-        else:
-            outcome = gradients(images, labels, progress)
-        # By hand: the losses call the network more than once and in several forms, for which
-        # DistributedDataParallel is not made. The statistics of batch normalisation are each
-        # process's own in the forward pass, and averaged in what evaluation uses.
-        found = [p.grad for p in model.parameters() if p.grad is not None]
-        distributed.average(found + [b for b in model.buffers() if b.is_floating_point()])
-        for step in (*optimizers, *schedules):
-            step.step()
-        return outcome
-
-    return update
+    return [*optimizers, *schedules]
 
 
 def shuffled(
@@ -100,8 +112,16 @@ def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tens
     rows = offsets[0] + torch.arange(height)[:, None]
     columns = offsets[1] + torch.arange(width)[None, :]
     each = torch.arange(len(images))[:, None, None]
-    each, rows, columns = (i.to(images.device, non_blocking=True) for i in (each, rows, columns))
+    each, rows, columns = (_sent(index, images) for index in (each, rows, columns))
     return padded[each, 0, rows, columns][:, None]
+
+
+def _sent(values: Tensor, images: Tensor) -> Tensor:
+    """`values` on the device of `images`, which is not waited for where that is safe.
+
+    CUDA keeps a copy of what it has yet to fetch; MPS may fetch it after it is freed.
+    """
+    return values.to(images.device, non_blocking=images.is_cuda)
 
 
 def random_warp(images: Tensor, warp: float, generator: torch.Generator) -> Tensor:
@@ -114,7 +134,7 @@ def random_warp(images: Tensor, warp: float, generator: torch.Generator) -> Tens
     if warp == 0:
         return images
     change = warp * (2 * torch.rand((len(images), 2, 2), generator=generator) - 1)
-    maps = F.pad(torch.eye(2) + change, (0, 1)).to(images, non_blocking=True)
+    maps = _sent(F.pad(torch.eye(2) + change, (0, 1)), images).to(images.dtype)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     # Rounding can leave the range of the pixels by a unit in the last place.
     return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)

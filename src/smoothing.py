@@ -57,12 +57,14 @@ def smoothing_loss(
         epsilon: l2 length of the SmoothAdv step, in pixel units; 0 for none.
         consistency, entropy: weights of the two further terms; they need two draws or more.
         confidence: the power q of the mean probability of the label; 0 weights all images alike.
-        strength: a factor of the last four; a number or a tensor without dimensions.
+        strength: factor in [0, 1] of `epsilon`, `consistency`, `entropy` and `confidence`; a
+            number, or a tensor without dimensions on the device of the images.
 
     Returns:
         Scalar loss, and the logits (B, num_classes) of the first draw.
     """
     noise = smooth.sigma * torch.randn((draws, *images.shape), device=images.device)
+    # No `if` about `strength`: what is recorded on a GPU must do the same work at any.
     if epsilon:
         images = _ascend(
             smooth.base_classifier, images, labels, noise[:attack_draws], strength * epsilon

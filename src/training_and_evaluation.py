@@ -104,9 +104,9 @@ def train_model(
             units for it.
         optimizer: "adamw", or "muon" for the weights between the first and the last layer
             (`src/muon.py`): more is learnt in as many epochs, each about a tenth longer.
-        recorded: on CUDA, record the work of an update once and replay it, which does not wait for
-            Python (`src/cuda_graph.py` says what the loss must keep to); `loss_schedule` then gets
-            a tensor without dimensions.
+        recorded: on CUDA, record loss and gradients of an update once and replay them, which spares
+            Python's time (`src/cuda_graph.py` says what the loss must keep to); `loss_schedule`
+            then gets a tensor without dimensions. No effect elsewhere.
         seed: of the order of the images, their shifts and warps. Losses that draw noise use torch's
             global generator: call `seed_everything` for those.
         device: where to train; default: where the model is.
@@ -147,8 +147,16 @@ def train_model(
     dataset = TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
     distributed.share_weights(model)
     schedule = loss_schedule or (lambda progress: loss)
-    settings = (updates, learning_rate, weight_decay, precision, optimizer, recorded)
-    update = updater(model, schedule, *settings)
+    update = updater(
+        model,
+        schedule,
+        updates,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        precision=precision,
+        optimizer=optimizer,
+        recorded=recorded,
+    )
     averaged = copy.deepcopy(model).eval()
     history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
     best_figure, best_state = -math.inf, None

@@ -99,7 +99,8 @@ def test_muon_takes_what_lies_between_the_first_and_the_last_layer(precision):
         ), images
 
     zeros = torch.zeros(4, 10)
-    update = updater(network, lambda progress: loss, 10, 0.01, 0.0, precision, "muon")
+    settings = {"learning_rate": 0.01, "weight_decay": 0.0, "precision": precision}
+    update = updater(network, lambda progress: loss, 10, optimizer="muon", **settings)
     update(zeros, zeros[:, 0].long(), 0.0)
     # The cycle begins at a 25th of the learning rate.
     for name, weight in network.named_parameters():

@@ -17,7 +17,7 @@ import main_random_smoothing
 import main_training
 from src.certificates import read_rows
 from src.certification import certified_radius, lower_confidence_bound
-from src.checkpoints import load_checkpoint, weights_digest
+from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
 from src.comparison import load_models
 from src.files import lock_file
 
@@ -166,13 +166,31 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
     assert (tmp_path / model).stat().st_mtime_ns == stored
     # Rows that were made again would have been set aside first.
     assert not list((tmp_path / "results").glob("*previous*"))
-    for other, was in (("--sigma=1", r"sigma = 0\.5"), ("--hidden=9", "hidden = None")):
+    for other, was in (
+        ("--sigma=1", r"sigma = 0\.5"),
+        ("--hidden=9", "hidden = None"),
+        ("--weight-decay=0.1", r"weight_decay = 0\.01"),
+    ):
         with pytest.raises(ValueError, match=f"was trained with {was}, which is not what"):
             main_random_smoothing.main(["--quick", "--resume", other])
     # The checkpoint fits other votes, the rows do not.
     with pytest.raises(ValueError, match="precision"):
         main_random_smoothing.main(["--quick", "--resume", "--votes=int16"])
     assert (tmp_path / rows).read_bytes() == whole
+
+
+def test_a_checkpoint_from_before_an_option_was_trained_with_its_default(finished, tmp_path):
+    network = load_checkpoint(finished / "models/randomized_smoothing.pt")
+    for name in ("optimizer", "warp", "weight_decay"):
+        del network.facts["options"][name]
+    old = save_checkpoint(tmp_path / "old.pt", network, **network.facts)
+    parser = main_random_smoothing.option_parser()
+    args = parser.parse_args(["--quick", "--epochs=1"])
+    main_random_smoothing.trained(old, args, "cpu")
+    for option in ("--optimizer=muon", "--warp=0.1", "--weight-decay=0.1"):
+        args = parser.parse_args(["--quick", "--epochs=1", option])
+        with pytest.raises(ValueError, match="was trained with"):
+            main_random_smoothing.trained(old, args, "cpu")
 
 
 def test_votes_that_a_device_lacks_are_refused_before_training(finished, monkeypatch):
