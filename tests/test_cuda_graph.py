@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -32,6 +35,58 @@ def test_recorded_has_no_effect_on_a_cpu():
     plain, recorded = (weights_after("cpu", recorded) for recorded in (False, True))
     for name, value in plain.items():
         assert torch.equal(recorded[name], value)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """What `Recorded` asks of CUDA, on a CPU: a graph computes again from the tensors it holds."""
+
+    class Graph:
+        def replay(self):
+            made = self.of[0]
+            made.output.copy_(made.function(*made.inputs))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "device": lambda device: nullcontext(),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "graph": lambda graph, stream: nullcontext(),
+        "CUDAGraph": Graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    Graph.of = []
+    return Graph.of
+
+
+def test_what_a_recording_holds_is_filled_and_what_it_returns_is_kept(stand_in):
+    recorded = Recorded(lambda x, factor: factor * x)
+    stand_in.append(recorded)
+    given = [(torch.full((3,), i + 1.0), torch.tensor(0.5 + i)) for i in range(7)]
+    outputs = [recorded(*tensors) for tensors in given]
+    for (x, factor), output in zip(given, outputs, strict=True):
+        assert torch.equal(output, factor * x)
+        assert torch.equal(x, torch.full((3,), x[0].item()))
+    # Either would be broadcast or cast without a word.
+    for wrong in (torch.ones(1), torch.ones(3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"Recorded with a tensor \(3,\) of torch.float32"):
+            recorded(wrong, torch.tensor(1.0))
+
+
+def test_what_cannot_be_recorded_says_what_to_do(stand_in):
+    def waits(x):
+        if recorded.calls > 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    recorded = Recorded(waits)
+    for _ in range(3):
+        recorded(torch.ones(2))
+    # And again: half a recording is never replayed.
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"recorded=False, or use another device \(op"):
+            recorded(torch.ones(2))
 
 
 @on_cuda
