@@ -161,12 +161,7 @@ def one_attack(name, model, images, labels, *, args):
 
 def published(name, network, args):
     """One of the four attacks with the numbers of the paper's standard version."""
-    try:
-        torchattacks = importlib.import_module("torchattacks")
-    except ImportError:
-        raise RuntimeError(
-            f"torchattacks is missing; pip install --no-deps torchattacks=={VERSION}"
-        ) from None
+    package = torchattacks()
     common = {
         "norm": {"linf": "Linf", "l2": "L2"}[args.norm],
         "eps": args.epsilon,
@@ -174,12 +169,26 @@ def published(name, network, args):
         "n_restarts": 1,
     }
     if name == "apgd_ce":
-        return torchattacks.APGD(network, steps=100, loss="ce", **common)
+        return package.APGD(network, steps=100, loss="ce", **common)
     if name == "apgd_t":
-        return torchattacks.APGDT(network, steps=100, n_classes=10, **common)
+        return package.APGDT(network, steps=100, n_classes=10, **common)
     if name == "fab_t":
-        return torchattacks.FAB(network, steps=100, multi_targeted=True, n_classes=10, **common)
-    return torchattacks.Square(network, n_queries=5000, **common)
+        return package.FAB(network, steps=100, multi_targeted=True, n_classes=10, **common)
+    return package.Square(network, n_queries=5000, **common)
+
+
+def torchattacks():
+    """The package of that name.
+
+    Raises:
+        RuntimeError: if it is missing.
+    """
+    try:
+        return importlib.import_module("torchattacks")
+    except ImportError:
+        raise RuntimeError(
+            f"torchattacks is missing; pip install --no-deps torchattacks=={VERSION}"
+        ) from None
 
 
 def finished(path, columns, settings):

@@ -4,23 +4,29 @@ With a single step a network can learn to defeat the step instead of the ball (c
 overfitting). Each cure trains the same ConvNN (16-32, hidden layer of 100) with one gradient step
 an update, l-infinity, epsilon = 0.3, and ends with its last epoch, so that a collapse shows; only
 "best epoch" picks the epoch by PGD on held-out training images, as main_adv_training.py
-does. The judge is the strongest attack of src/strong_attacks.py, on the first --images of the test
-images 0, 20, 40, ... A row is written to --rows as soon as it is finished; rows that are there are
-not made again.
+does. The judges, on the first --images of the test images 0, 20, 40, ..., are the strongest attack
+of src/strong_attacks.py and then, on what that one left, AutoAttack (benchmarks/autoattack.py says
+what it needs): the referee, per image the worst of both. A row is written to --rows as soon as it
+is finished; rows that are there are not made again. Each of the --processes trains and judges one
+network at a time with one thread; `seconds` are those that its processor spent on the training.
 
 Run: python -m benchmarks.cures --rows results/cures.csv
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import autoattack
 from src.adversarial import collapsed_epochs, held_out_watch, training_attack
 from src.attacks import gradient_attack
 from src.certificates import read_rows, write_rows
@@ -32,6 +38,7 @@ from src.training_and_evaluation import accuracy, adversarial_loss, standard_los
 from src.utils import load_training_data, seed_everything, spread, subset
 
 EPSILON = 0.3
+REFEREE = argparse.Namespace(norm="linf", epsilon=EPSILON, seed=0, batch_size=1000, strongest=False)
 
 
 def noise_augmented(model, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
@@ -121,12 +128,15 @@ def growing(loss: Callable, ramp: float) -> Callable:
     )
 
 
-def train_and_judge(cure: str, seed: int, epochs: int, data, judged) -> dict:
-    """One row: how a network trained with `cure` ends."""
-    train, held_out, test = data
+def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
+    """One row: how a network trained with `cure` ends, judged on that many images."""
+    torch.set_num_threads(1)
+    train, held_out, test = load_training_data("data", 5000)
+    judged = subset(test, range(0, 20 * images, 20))
     loss, architecture, options, ramp = cures(seed)[cure]
     seed_everything(seed)
     model = ConvNN(hidden=100, **architecture)
+    start = time.process_time()
     history = train_model(
         model,
         train,
@@ -136,17 +146,20 @@ def train_and_judge(cure: str, seed: int, epochs: int, data, judged) -> dict:
         watch=held_out_watch(spread(held_out, 500), EPSILON, "linf"),
         **options,
     )
-    hits = hits_by_stage(model, judged, EPSILON)
+    seconds = time.process_time() - start
+    ours = list(hits_by_stage(model, judged, EPSILON).values())[-1]
+    left = autoattack.attacked(model, subset(judged, ours.nonzero()[:, 0]), REFEREE)
     collapsed = collapsed_epochs(history["epochs"], ramp=ramp)
     return {
         "cure": cure,
         "seed": seed,
         "epochs": epochs,
-        "seconds": round(history["epochs"][-1]["seconds"], 1),
+        "seconds": round(seconds, 1),
         "clean": accuracy(model, test),
         "single_step": accuracy(model, judged, attack=partial(gradient_attack, epsilon=EPSILON)),
         "images": len(judged),
-        "standing": int(list(hits.values())[-1].sum()),
+        "standing": int(ours.sum()),
+        "referee": int(left["robust"].sum()),
         "collapsed_epochs": " ".join(map(str, collapsed)),
         "commit": code_commit(),
     }
@@ -157,7 +170,10 @@ def cure_lines(rows) -> str:
     lines = []
     for cure in dict.fromkeys(row["cure"] for row in rows):
         own = [row for row in rows if row["cure"] == cure]
-        robust = [100 * int(row["standing"]) / int(row["images"]) for row in own]
+        ours, referee = (
+            " ".join(f"{100 * int(row[judge]) / int(row['images']):.1f}" for row in own)
+            for judge in ("standing", "referee")
+        )
         clean = statistics.mean(100 * float(row["clean"]) for row in own)
         step = statistics.mean(100 * float(row["single_step"]) for row in own)
         lines.append(
@@ -165,13 +181,16 @@ def cure_lines(rows) -> str:
                 cure,
                 f"{clean:.2f}",
                 f"{step:.1f}",
-                " ".join(f"{value:.1f}" for value in robust),
+                ours,
+                referee,
                 f"{sum(bool(row['collapsed_epochs']) for row in own)} of {len(own)}",
                 f"{statistics.median(float(row['seconds']) for row in own) / 60:.1f}",
             )
         )
-    header = ("cure", "clean %", "single step %", "all attacks %, by seed", "collapsed", "minutes")
-    return format_table(header, lines)
+    judges = ("ours %, by seed", "referee %, by seed")
+    return format_table(
+        ("cure", "clean %", "single step %", *judges, "collapsed", "minutes"), lines
+    )
 
 
 def main():
@@ -180,17 +199,28 @@ def main():
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=200, help="test images that are attacked")
+    parser.add_argument("--processes", type=int, default=2, help="networks at once")
     args = parser.parse_args()
-    data = load_training_data("data", 5000)
-    judged = subset(data[2], range(0, 20 * args.images, 20))
+    autoattack.torchattacks()  # Says now that it is missing, not after the first training.
     rows = read_rows(args.rows) if args.rows.exists() else []
     done = {(row["cure"], int(row["seed"])) for row in rows}
-    for cure in cures(0):
-        for seed in range(args.seeds):
-            if (cure, seed) not in done:
-                rows.append(train_and_judge(cure, seed, args.epochs, data, judged))
-                write_rows(args.rows, rows)
-                print(cure_lines(rows), flush=True)
+    wanted = [(cure, seed) for cure in cures(0) for seed in range(args.seeds)]
+    # Fresh interpreters: a forked one inherits the locks of threads that it lacks.
+    pool = ProcessPoolExecutor(args.processes, get_context("spawn"))
+    try:
+        jobs = [
+            pool.submit(train_and_judge, *one, args.epochs, args.images)
+            for one in wanted
+            if one not in done
+        ]
+        for job in as_completed(jobs):
+            rows.append(job.result())
+            rows.sort(key=lambda row: wanted.index((row["cure"], int(row["seed"]))))
+            write_rows(args.rows, rows)
+            print(cure_lines(rows), flush=True)
+    finally:
+        # One that fails, or Ctrl-C, ends with the networks in hand, not after all of them.
+        pool.shutdown(cancel_futures=True)
     print(cure_lines(rows))
 
 
