@@ -147,7 +147,7 @@ def one_attack(name, model, images, labels, *, args):
     if name != "ramp":
         with evaluation_form(model) as network:
             points = published(name, network, args)(images, labels)
-    elif model.thresholds is None:
+    elif getattr(model, "thresholds", None) is None:
         return images
     else:
         points = images.clone()

@@ -1,0 +1,146 @@
+"""How near our strongest attack comes to AutoAttack, on the same images of several networks.
+
+The reference models, seed 0; the single-step one with logits times 3,000, which saturates the
+cross-entropy; and, with --peer, a network trained by others with PGD-40 in linf, epsilon = 0.3:
+`mnist_lenet5_advtrained.pt` in the source distribution of advertorch 0.2.3 on the package index
+(Ding, Wang and Jin, arXiv:1902.07623).:
+
+    pip download --no-deps --no-build-isolation --no-binary advertorch advertorch==0.2.3
+    tar xzf advertorch-0.2.3.tar.gz
+    ls advertorch-0.2.3/advertorch_examples/trained_models
+
+AutoAttack is that of benchmarks/autoattack.py, which says what it needs; ours is
+src/strong_attacks.py at its defaults, from the clean images. Both attack all of the first --images
+in its order, 0, 20, 40, ..., then 1, 21, ...; `both` counts what stands after the one and the
+other. A network's row is written to --rows as soon as it is finished and not made again.
+
+Run: python -m benchmarks.strongest --rows results/strongest.csv --peer mnist_lenet5_advtrained.pt
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import autoattack
+from src.certificates import read_rows, write_rows
+from src.checkpoints import load_checkpoint
+from src.command_line import code_commit, count, run
+from src.tables import format_table
+from src.utils import get_device, load_mnist, subset
+
+MODELS = Path("reference/models")
+PEER = "LeNet5 of advertorch 0.2.3"
+
+
+def networks(peer: Path | None) -> dict[str, tuple]:
+    """Name -> (norm, epsilon, what gives the network)."""
+
+    def ours(name):
+        return load_checkpoint(MODELS / f"adversarial_{name}.pt", "cpu")
+
+    found = {
+        "single step": ("linf", 0.3, lambda: ours("single_step")),
+        "single step, logits times 3,000": ("linf", 0.3, lambda: louder(ours("single_step"), 3000)),
+        "multi-step": ("linf", 0.3, lambda: ours("multi_step")),
+        "multi-step, l2": ("l2", 2.0, lambda: ours("l2")),
+    }
+    return found | ({PEER: ("linf", 0.3, lambda: peer_network(peer))} if peer else {})
+
+
+def louder(model: nn.Module, factor: float) -> nn.Module:
+    """The same classifier with logits `factor` times as large."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.output.weight *= factor
+        model.output.bias *= factor
+    return model
+
+
+def peer_network(path: Path) -> nn.Module:
+    """advertorch's LeNet5 with the weights in the file.
+
+    Raises:
+        RuntimeError: if they are of another network.
+    """
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(7 * 7 * 64, 200), nn.ReLU(), nn.Linear(200, 10)),
+    )
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    # Their layers have names and ours numbers, in the same order.
+    network.load_state_dict(dict(zip(network.state_dict(), theirs.values(), strict=True)))
+    return network.eval()
+
+
+def judged(name: str, norm: str, epsilon: float, network: nn.Module, batch, args) -> dict:
+    """The row of one network."""
+    settings = argparse.Namespace(
+        norm=norm, epsilon=epsilon, seed=0, batch_size=args.batch_size, strongest=True
+    )
+    device = get_device(args.device)
+    hits = autoattack.attacked(network.to(device), batch, settings)
+    return {
+        "model": name,
+        "norm": norm,
+        "epsilon": epsilon,
+        "images": len(batch),
+        "clean": int(hits["clean"].sum()),
+        # What comes after it there is an attack of ours.
+        "autoattack": int(hits["square"].sum()),
+        "ours": int(hits["strongest"].sum()),
+        "both": int((hits["square"] & hits["strongest"]).sum()),
+        "device": device.type,
+        "commit": code_commit(),
+    }
+
+
+def strongest_lines(rows) -> str:
+    """The table, in % of the images."""
+
+    def share(row, name):
+        return 100 * int(row[name]) / int(row["images"])
+
+    lines = [
+        (
+            row["model"],
+            f"{row['norm']} {float(row['epsilon']):g}",
+            f"{int(row['images']):,}",
+            *(f"{share(row, name):.1f}" for name in ("clean", "autoattack", "ours", "both")),
+            f"{share(row, 'ours') - share(row, 'autoattack'):+.1f}",
+        )
+        for row in rows
+    ]
+    header = ("network", "ball", "images", "clean %", "AutoAttack %", "ours %", "both %")
+    return format_table((*header, "ours - AutoAttack"), lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=Path, required=True, help="file of the rows, .csv")
+    parser.add_argument("--peer", type=Path, help="advertorch's mnist_lenet5_advtrained.pt")
+    parser.add_argument("--images", type=count(), default=1000, help="how many, in that order")
+    parser.add_argument("--batch-size", type=count(), default=1000, help="images at once")
+    parser.add_argument("--only", help="the name of one network")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    parser.add_argument("--data", default="data", help="folder of MNIST")
+    args = parser.parse_args()
+    batch = subset(load_mnist("test", args.data), autoattack.ORDER[: args.images])
+    rows = read_rows(args.rows) if args.rows.exists() else []
+    for name, (norm, epsilon, network) in networks(args.peer).items():
+        if args.only in (None, name) and name not in [row["model"] for row in rows]:
+            rows.append(judged(name, norm, epsilon, network(), batch, args))
+            write_rows(args.rows, rows)
+            print(strongest_lines(rows), flush=True)
+    print(strongest_lines(rows))
+
+
+if __name__ == "__main__":
+    run(main)
