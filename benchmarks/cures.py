@@ -30,7 +30,7 @@ from benchmarks import autoattack
 from src.adversarial import collapsed_epochs, held_out_watch, training_attack
 from src.attacks import gradient_attack
 from src.certificates import read_rows, write_rows
-from src.command_line import code_commit
+from src.command_line import code_commit, count, run
 from src.convnn import ConvNN, evaluation_form
 from src.robustness import hits_by_stage
 from src.tables import format_table
@@ -196,10 +196,10 @@ def cure_lines(rows) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rows", type=Path, required=True, help="file of the rows, .csv")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=200, help="test images that are attacked")
-    parser.add_argument("--processes", type=int, default=2, help="networks at once")
+    parser.add_argument("--epochs", type=count(), default=12)
+    parser.add_argument("--seeds", type=count(), default=3)
+    parser.add_argument("--images", type=count(), default=200, help="test images that are attacked")
+    parser.add_argument("--processes", type=count(), default=2, help="networks at once")
     args = parser.parse_args()
     autoattack.torchattacks()  # Says now that it is missing, not after the first training.
     rows = read_rows(args.rows) if args.rows.exists() else []
@@ -225,4 +225,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
