@@ -1,7 +1,8 @@
 """The referee: AutoAttack (standard) by somebody else, then our attack behind the ramp, per image.
 
 AutoAttack (Croce and Hein, ICML 2020) comes from torchattacks 3.5.1, the version of it on the
-package index (its authors publish theirs as a repository). An extra, for this script alone:
+package index (its authors publish theirs as a repository). An extra, for this script, cures.py and
+strongest.py:
 
     pip install --no-deps torchattacks==3.5.1
 
@@ -119,7 +120,10 @@ def options(argv):
 
 
 def attacked(model, batch, args):
-    """Name of the column -> whether each image of the batch still stands, bool (N,)."""
+    """Name of the column -> whether each image of the batch still stands, bool (N,).
+
+    Of `args` it reads norm, epsilon, seed, batch_size and strongest.
+    """
     hits = {"clean": correct(model, batch)}
     standing = hits["clean"].clone()
     for name in ATTACKS:
@@ -178,7 +182,7 @@ def published(name, network, args):
 
 
 def torchattacks():
-    """The package of that name.
+    """The package torchattacks, imported when it is needed.
 
     Raises:
         RuntimeError: if it is missing.

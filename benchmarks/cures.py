@@ -5,10 +5,11 @@ overfitting). Each cure trains the same ConvNN (16-32, hidden layer of 100) with
 an update, l-infinity, epsilon = 0.3, and ends with its last epoch, so that a collapse shows; only
 "best epoch" picks the epoch by PGD on held-out training images, as main_adv_training.py
 does. The judges, on the first --images of the test images 0, 20, 40, ..., are the strongest attack
-of src/strong_attacks.py and then, on what that one left, AutoAttack (benchmarks/autoattack.py says
-what it needs): the referee, per image the worst of both. A row is written to --rows as soon as it
-is finished; rows that are there are not made again. Each of the --processes trains and judges one
-network at a time with one thread; `seconds` are those that its processor spent on the training.
+of src/strong_attacks.py and then, on what that one left, AutoAttack and, behind a ramp,
+`ramp_attack` once more (benchmarks/autoattack.py, which says what it needs): the referee, per image
+the worst of all. A row is written to --rows as soon as it is finished; rows that are there are not
+made again. Each of the --processes trains and judges one network at a time with one thread;
+`seconds` are those that its processor spent on the training.
 
 Run: python -m benchmarks.cures --rows results/cures.csv
 """
@@ -144,10 +145,11 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
         seed=seed,
         loss_schedule=growing(loss, ramp),
         watch=held_out_watch(spread(held_out, 500), EPSILON, "linf"),
+        progress=False,
         **options,
     )
     seconds = time.process_time() - start
-    ours = list(hits_by_stage(model, judged, EPSILON).values())[-1]
+    ours = list(hits_by_stage(model, judged, EPSILON, progress=False).values())[-1]
     left = autoattack.attacked(model, subset(judged, ours.nonzero()[:, 0]), REFEREE)
     collapsed = collapsed_epochs(history["epochs"], ramp=ramp)
     return {
@@ -204,7 +206,8 @@ def main():
     autoattack.torchattacks()  # Says now that it is missing, not after the first training.
     rows = read_rows(args.rows) if args.rows.exists() else []
     done = {(row["cure"], int(row["seed"])) for row in rows}
-    wanted = [(cure, seed) for cure in cures(0) for seed in range(args.seeds)]
+    names = list(cures(0))
+    wanted = [(cure, seed) for cure in names for seed in range(args.seeds)]
     # Fresh interpreters: a forked one inherits the locks of threads that it lacks.
     pool = ProcessPoolExecutor(args.processes, get_context("spawn"))
     try:
@@ -215,11 +218,11 @@ def main():
         ]
         for job in as_completed(jobs):
             rows.append(job.result())
-            rows.sort(key=lambda row: wanted.index((row["cure"], int(row["seed"]))))
+            rows.sort(key=lambda row: (names.index(row["cure"]), int(row["seed"])))
             write_rows(args.rows, rows)
             print(cure_lines(rows), flush=True)
     finally:
-        # One that fails, or Ctrl-C, ends with the networks in hand, not after all of them.
+        # After a failure or Ctrl-C only the networks in hand are still trained; they are lost.
         pool.shutdown(cancel_futures=True)
     print(cure_lines(rows))
 

@@ -47,8 +47,8 @@ def main():
     dataset = load_mnist("train", args.data)
     rates = {True: [], False: []}
     for _ in range(args.repeat):
-        for recorded, found in rates.items():
-            found.append(updates_a_second(dataset, recorded))
+        for graph, found in rates.items():
+            found.append(updates_a_second(dataset, graph))
     recorded, plain = (statistics.median(found) for found in rates.values())
     print(f"recorded {recorded:.0f} updates/s, plain {plain:.0f}/s, ratio {recorded / plain:.2f}")
 

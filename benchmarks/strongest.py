@@ -3,18 +3,21 @@
 The reference models, seed 0; the single-step one with logits times 3,000, which saturates the
 cross-entropy; and, with --peer, a network trained by others with PGD-40 in linf, epsilon = 0.3:
 `mnist_lenet5_advtrained.pt` in the source distribution of advertorch 0.2.3 on the package index
-(Ding, Wang and Jin, arXiv:1902.07623).:
+(Ding, Wang and Jin, arXiv:1902.07623):
 
     pip download --no-deps --no-build-isolation --no-binary advertorch advertorch==0.2.3
     tar xzf advertorch-0.2.3.tar.gz
     ls advertorch-0.2.3/advertorch_examples/trained_models
 
-AutoAttack is that of benchmarks/autoattack.py, which says what it needs; ours is
-src/strong_attacks.py at its defaults, from the clean images. Both attack all of the first --images
-in its order, 0, 20, 40, ..., then 1, 21, ...; `both` counts what stands after the one and the
-other. A network's row is written to --rows as soon as it is finished and not made again.
+AutoAttack is that of benchmarks/autoattack.py, which says what it needs. Ours is
+src/strong_attacks.py at its defaults: Auto-PGD on the cross-entropy, on the margin from five starts
+and towards nine classes from two, 100 steps each, then Square with 5,000 queries; no FAB, but it
+knows the ramp. Neither sees the other's points; both attack the first --images in the order 0, 20,
+40, ..., 1, 21, ...; `both` is what stands after the one and the other. A network's row is written
+to --rows as soon as it is finished and not made again.
 
-Run: python -m benchmarks.strongest --rows results/strongest.csv --peer mnist_lenet5_advtrained.pt
+Run: python -m benchmarks.strongest --rows results/strongest.csv \\
+         --peer advertorch-0.2.3/advertorch_examples/trained_models/mnist_lenet5_advtrained.pt
 """
 
 import argparse
@@ -63,7 +66,7 @@ def peer_network(path: Path) -> nn.Module:
     """advertorch's LeNet5 with the weights in the file.
 
     Raises:
-        RuntimeError: if they are of another network.
+        RuntimeError, ValueError: if they are of another network.
     """
     network = nn.Sequential(
         *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -127,11 +130,15 @@ def main():
     parser.add_argument("--rows", type=Path, required=True, help="file of the rows, .csv")
     parser.add_argument("--peer", type=Path, help="advertorch's mnist_lenet5_advtrained.pt")
     parser.add_argument("--images", type=count(), default=1000, help="how many, in that order")
-    parser.add_argument("--batch-size", type=count(), default=1000, help="images at once")
-    parser.add_argument("--only", help="the name of one network")
+    parser.add_argument(
+        "--batch-size", type=count(), default=1000, help="images at once, of AutoAttack"
+    )
+    parser.add_argument("--only", choices=[*networks(None), PEER], help="one network alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     parser.add_argument("--data", default="data", help="folder of MNIST")
     args = parser.parse_args()
+    if args.only == PEER and not args.peer:
+        parser.error(f"{PEER} needs --peer.")
     batch = subset(load_mnist("test", args.data), autoattack.ORDER[: args.images])
     rows = read_rows(args.rows) if args.rows.exists() else []
     for name, (norm, epsilon, network) in networks(args.peer).items():
