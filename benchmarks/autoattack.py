@@ -1,4 +1,4 @@
-"""The referee: AutoAttack (standard) by somebody else, then our attack behind the ramp, per image.
+"""The referee: AutoAttack (standard) by somebody else, then an attack of ours, per image the worst.
 
 AutoAttack (Croce and Hein, ICML 2020) comes from torchattacks 3.5.1, the version of it on the
 package index (its authors publish theirs as a repository). An extra, for this script, cures.py and
@@ -13,7 +13,8 @@ steps; targeted FAB, 9 targets x 100 steps; Square, 5,000 queries. Each meets on
 are still standing, and its points are moved into the ball as stored before they are judged.
 
 A network with a ramp hides from all four what a ball reaches behind it; so our `ramp_attack`
-comes last (margin from 5 starts, 9 targets). The rows have the columns index, label, clean, one
+comes last (margin from 5 starts, 9 targets), and for another network plain PGD from many starts
+(100 steps up the margin from 10). The rows have the columns index, label, clean, one
 for every attack (1: still classified correctly after it and all before), and robust. They grow
 by a batch at a time; the same command takes up a run that was stopped, and more --images extend
 it, also on another device or in other batches, which the twin notes. The images come in the order
@@ -46,7 +47,7 @@ from pathlib import Path
 
 import torch
 
-from src.attacks import projection
+from src.attacks import pgd_attack, projection
 from src.certificates import read_rows
 from src.checkpoints import load_checkpoint, weights_digest
 from src.command_line import code_commit, count, number, run
@@ -62,7 +63,8 @@ from src.utils import get_device, load_mnist, subset
 VERSION = "3.5.1"
 # Any first part of it is spread over the test set.
 ORDER = sorted(range(10_000), key=lambda index: index % 20)
-ATTACKS = ("apgd_ce", "apgd_t", "fab_t", "square", "ramp")
+AUTOATTACK = ("apgd_ce", "apgd_t", "fab_t", "square")
+ATTACKS = (*AUTOATTACK, "ours")
 
 
 def main(argv=None):
@@ -119,14 +121,14 @@ def options(argv):
     return args
 
 
-def attacked(model, batch, args):
+def attacked(model, batch, args, attacks=ATTACKS):
     """Name of the column -> whether each image of the batch still stands, bool (N,).
 
     Of `args` it reads norm, epsilon, seed, batch_size and strongest.
     """
     hits = {"clean": correct(model, batch)}
     standing = hits["clean"].clone()
-    for name in ATTACKS:
+    for name in attacks:
         chosen = standing.nonzero()[:, 0]
         if len(chosen):
             attack = partial(one_attack, name, args=args)
@@ -147,20 +149,24 @@ def seeded(args):
 
 
 def one_attack(name, model, images, labels, *, args):
-    """The points of one attack, in the ball as stored; without a ramp, "ramp" changes nothing."""
-    if name != "ramp":
+    """The points of one attack, in the ball as stored."""
+    if name in AUTOATTACK:
         with evaluation_form(model) as network:
             points = published(name, network, args)(images, labels)
-    elif getattr(model, "thresholds", None) is None:
-        return images
     else:
         points = images.clone()
-        for search in ({"restarts": 5}, {"targets": 9}):
-            ours = partial(ramp_attack, epsilon=args.epsilon, norm=args.norm, **search)
-            found = ours(model, images, labels, generator=seeded(args))
+        for attack in our_attacks(model):
+            found = attack(model, images, labels, args.epsilon, args.norm, generator=seeded(args))
             broken = ~correct(model, torch.utils.data.TensorDataset(found, labels))
             points[broken] = found[broken]
     return projection(images, args.epsilon, args.norm, (0.0, 1.0))(points.detach())
+
+
+def our_attacks(model):
+    """What follows AutoAttack, see above."""
+    if getattr(model, "thresholds", None) is None:
+        return [partial(pgd_attack, loss="margin", steps=100, restarts=10, early_stop=True)]
+    return [partial(ramp_attack, restarts=5), partial(ramp_attack, targets=9)]
 
 
 def published(name, network, args):

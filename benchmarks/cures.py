@@ -5,11 +5,10 @@ overfitting). Each cure trains the same ConvNN (16-32, hidden layer of 100) with
 an update, l-infinity, epsilon = 0.3, and ends with its last epoch, so that a collapse shows; only
 "best epoch" picks the epoch by PGD on held-out training images, as main_adv_training.py
 does. The judges, on the first --images of the test images 0, 20, 40, ..., are the strongest attack
-of src/strong_attacks.py and then, on what that one left, AutoAttack and, behind a ramp,
-`ramp_attack` once more (benchmarks/autoattack.py, which says what it needs): the referee, per image
-the worst of all. A row is written to --rows as soon as it is finished; rows that are there are not
-made again. Each of the --processes trains and judges one network at a time with one thread;
-`seconds` are those that its processor spent on the training.
+of src/strong_attacks.py and then, on what that one left, AutoAttack (benchmarks/autoattack.py says
+what it needs): the referee, per image the worst of both. A row is written to --rows as soon as it
+is finished; rows that are there are not made again. Each of the --processes trains and judges one
+network at a time with one thread; `seconds` are those that its processor spent on the training.
 
 Run: python -m benchmarks.cures --rows results/cures.csv
 """
@@ -150,7 +149,8 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
     )
     seconds = time.process_time() - start
     ours = list(hits_by_stage(model, judged, EPSILON, progress=False).values())[-1]
-    left = autoattack.attacked(model, subset(judged, ours.nonzero()[:, 0]), REFEREE)
+    left = subset(judged, ours.nonzero()[:, 0])
+    hits = autoattack.attacked(model, left, REFEREE, autoattack.AUTOATTACK)
     collapsed = collapsed_epochs(history["epochs"], ramp=ramp)
     return {
         "cure": cure,
@@ -161,7 +161,7 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
         "single_step": accuracy(model, judged, attack=partial(gradient_attack, epsilon=EPSILON)),
         "images": len(judged),
         "standing": int(ours.sum()),
-        "referee": int(left["robust"].sum()),
+        "referee": int(hits["robust"].sum()),
         "collapsed_epochs": " ".join(map(str, collapsed)),
         "commit": code_commit(),
     }

@@ -85,17 +85,16 @@ def judged(name: str, norm: str, epsilon: float, network: nn.Module, batch, args
         norm=norm, epsilon=epsilon, seed=0, batch_size=args.batch_size, strongest=True
     )
     device = get_device(args.device)
-    hits = autoattack.attacked(network.to(device), batch, settings)
+    hits = autoattack.attacked(network.to(device), batch, settings, autoattack.AUTOATTACK)
     return {
         "model": name,
         "norm": norm,
         "epsilon": epsilon,
         "images": len(batch),
         "clean": int(hits["clean"].sum()),
-        # What comes after it there is an attack of ours.
-        "autoattack": int(hits["square"].sum()),
+        "autoattack": int(hits["robust"].sum()),
         "ours": int(hits["strongest"].sum()),
-        "both": int((hits["square"] & hits["strongest"]).sum()),
+        "both": int((hits["robust"] & hits["strongest"]).sum()),
         "device": device.type,
         "commit": code_commit(),
     }
