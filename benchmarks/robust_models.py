@@ -2,8 +2,9 @@
 
 Each model's clean accuracy (all 10,000 test images) and its accuracy under PGD come from what
 main_adv_training.py wrote, those under AutoAttack and then an attack of ours from
-benchmarks/autoattack.py; a mean over seeds is of the images on which all of them were judged. Published figures are AutoAttack (standard) on all 10,000 images: of
-the papers' models named, and for SmallCNN as a README that publishes its checkpoints gives them.
+benchmarks/autoattack.py; a mean over seeds is of the images on which all of them were judged.
+Published figures are AutoAttack (standard) on all 10,000 images: of the papers' models named, and
+for SmallCNN as a README that publishes its checkpoints gives them.
 
 Run: python -m benchmarks.robust_models
 """

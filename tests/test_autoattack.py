@@ -1,9 +1,11 @@
 """The benchmark that referees: resumed rows, refusals and columns, the four attacks replaced."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from benchmarks import autoattack
 from src.attacks import gradient_attack, pgd_attack
@@ -79,3 +81,19 @@ def test_rows_of_other_settings_are_refused(call):
     for other in (["--seed", "1"], ["--norm", "l2"]):
         with pytest.raises(ValueError, match="other settings"):
             call("a.csv", 8, *other)
+
+
+@pytest.mark.parametrize("thresholds", [None, (0.4, 0.6)])
+def test_what_autoattack_leaves_meets_an_attack_of_ours(thresholds, monkeypatch):
+    """Without a ramp nothing followed once."""
+    monkeypatch.setattr(autoattack, "published", lambda *_: lambda images, labels: images)
+    torch.manual_seed(0)
+    model = ConvNN((2, 2), thresholds=thresholds).eval()
+    images = torch.rand(4, 1, 28, 28)
+    batch = TensorDataset(images, model(images).argmax(dim=1))
+    args = Namespace(norm="l2", epsilon=10.0, seed=0, batch_size=4, strongest=False)
+    hits = autoattack.attacked(model, batch, args)
+    assert hits["square"].all()
+    assert not hits["ours"].any()
+    assert not hits["robust"].any()
+    assert "ours" not in autoattack.attacked(model, batch, args, autoattack.AUTOATTACK)
