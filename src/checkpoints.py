@@ -41,9 +41,12 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
         "digest": _digest(model.config, facts, weights),
         "weights": weights,
     }
-    # Given a path, torch would store the random name of the temporary file as well.
-    with whole_file(path) as temporary, temporary.open("wb") as stream:
-        torch.save(content, stream)
+    # In memory first: torch would store the name of the temporary file, and its own words for a
+    # full disk say nothing.
+    stored = io.BytesIO()
+    torch.save(content, stored)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(stored.getvalue())
     return Path(path)
 
 

@@ -1,40 +1,66 @@
 """Files that appear whole or not at all (no torch)."""
 
 import contextlib
+import errno
+import glob
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+# A temporary file that is older than this process belongs to another one.
+_STARTED = time.time()
+
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes `path` only if the block succeeds.
 
     The temporary file lies in the same folder and keeps the ending of `path`, so that writers
     which choose a format by it (matplotlib, numpy) work. A reader sees the old file or the new
-    one, never a part: the rename is atomic, and the bytes are on disk before it.
+    one, never a part: the rename is atomic. It is locked while it is written; those that a killed
+    process left behind are removed by the next writer of the same file.
+
+    Args:
+        path: file to write.
+        durable: wait until the bytes are on disk before the rename, in case the power fails.
 
     Raises:
-        OSError: if the folder cannot be made or written to; nothing is left behind.
+        OSError: if the folder cannot be made or written to, or is full; nothing is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
     temporary = Path(name)
     try:
+        if os.name != "nt":  # There a lock keeps the writer out as well.
+            take_lock(handle)
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        if durable:
+            os.fsync(handle)
         # mkstemp makes the file private; a result should be as readable as any other file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, "No space left to write it", str(path)) from None
+        raise
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete temporary files of `path` that are older than this process and that nobody holds."""
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
+        with contextlib.suppress(OSError), leftover.open("rb") as handle:
+            if leftover.stat().st_mtime < _STARTED and take_lock(handle.fileno()):
+                leftover.unlink()
 
 
 def write_json(path: str | os.PathLike, content: Mapping) -> None:
@@ -50,6 +76,22 @@ def check_writable(folder: str | os.PathLike) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OSError(f"{folder} is not a folder that can be written to; choose another.")
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """Raise OSError unless `path` can be written by `whole_file`; makes its folder."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+        ) as probe:
+            # A full disk may still make files, but not fill them.
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); choose another.") from None
 
 
 @contextlib.contextmanager

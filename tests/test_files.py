@@ -1,11 +1,17 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from src.files import whole_file
+from src.files import check_target, take_lock, whole_file
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write(path, error=None):
@@ -90,3 +96,41 @@ def test_impossible_paths_raise_and_leave_nothing(tmp_path, kind):
         write(path)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
     assert not os.listdir(tmp_path / "folder")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
+    code = (
+        "import os, signal; from src.files import whole_file\n"
+        f"with whole_file({str(tmp_path / 'rows.csv')!r}) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    (left,) = tmp_path.iterdir()
+    # Another file's, and one that a process still holds, stay.
+    other = tmp_path / ".more-rows-12345678.csv"
+    held = tmp_path / ".rows-12345678.csv"
+    for path in (other, held):
+        path.write_text("x")
+    for path in (left, other, held):
+        os.utime(path, (1, 1))
+    with held.open() as handle:
+        assert take_lock(handle.fileno())
+        write(tmp_path / "rows.csv")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["rows.csv", other.name, held.name])
+
+
+def test_full_disk_is_named_with_the_file(tmp_path):
+    path = tmp_path / "model.pt"
+    with pytest.raises(OSError, match=r"No space left.*model\.pt"):
+        write(path, OSError(errno.ENOSPC, "No space left on device"))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "folder", "file/rows.csv"])
+def test_targets_that_cannot_be_written_are_known_before(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="cannot be written"):
+        check_target(tmp_path / name)
+    check_target(tmp_path / "new" / "rows.csv")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "new"]
