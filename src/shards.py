@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.certificates import (
+    checked_path,
     drop_equal_copies,
     indices_digest,
     read_exactly,
@@ -32,9 +33,12 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
 
     Raises:
         OSError: if a file is missing.
-        ValueError: if a shard is damaged, of another run or missing, or an index appears twice.
+        ValueError: if a shard is damaged, of another run or missing, an index appears twice, or
+            `path` is not a new file that ends in .csv.
     """
-    path = Path(path)
+    path = checked_path(path)
+    if path.resolve() in [Path(shard).resolve() for shard in shards]:
+        raise ValueError(f"{path} is one of the shards; choose another file to write.")
     twins, rows = [], []
     for shard in map(Path, shards):
         if problems := verify(shard):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from src.certificates import (
     read_rows,
@@ -58,13 +59,26 @@ def test_altered_counts_are_found(recorded, mnist_root, tmp_path, count):
     assert problem == "image 1234 drawn again gives another row"
 
 
-def test_another_form_is_named_where_counts_differ(recorded, mnist_root, monkeypatch):
+@pytest.mark.parametrize(("votes", "told"), [(0, False), (2, False), (3, True)])
+def test_another_form_may_differ_in_a_few_votes(
+    recorded, mnist_root, tmp_path, monkeypatch, votes, told
+):
     monkeypatch.setattr("src.redraw.form_name", lambda network, precision: "other")
-    assert redraw(recorded / "rows.csv", 3, recorded / "model.pt", mnist_root) == []
-    monkeypatch.setattr("src.redraw._COUNTED", ("radius", "absent"))
-    monkeypatch.setattr("src.models.certified_radius", lambda p_lower, sigma: 9.0)
-    first, *_ = redraw(recorded / "rows.csv", 3, recorded / "model.pt", mnist_root)
-    assert first.endswith("here it is 'other'")
+    rows = read_rows(recorded / "rows.csv")
+    rows[1]["top_count"] = str(int(rows[1]["top_count"]) + votes)
+    write_rows(tmp_path / "rows.csv", rows)
+    (tmp_path / "rows.json").write_bytes((recorded / "rows.json").read_bytes())
+    problems = redraw(tmp_path / "rows.csv", 3, recorded / "model.pt", mnist_root)
+    assert len(problems) == told
+    assert all("image 1234" in p and p.endswith("here it is 'other'") for p in problems)
+
+
+def test_other_test_images_are_named(recorded, mnist_root, monkeypatch):
+    test = load_mnist("test", mnist_root)
+    test.tensors[1][5] += 1
+    monkeypatch.setattr("src.redraw.load_mnist", lambda split, root: test)
+    (problem,) = redraw(recorded / "rows.csv", 1, recorded / "model.pt", mnist_root)
+    assert "not those behind the rows" in problem
 
 
 def test_rows_of_a_device_that_is_not_here_are_not_drawn_on_another(recorded, mnist_root, tmp_path):
@@ -80,3 +94,30 @@ def test_another_model_is_named(recorded, mnist_root, tmp_path):
     save_checkpoint(tmp_path / "other.pt", ConvNN((2, 3)))
     (problem,) = redraw(recorded / "rows.csv", 1, tmp_path / "other.pt", mnist_root)
     assert "other.pt is not the model" in problem
+
+
+def test_rows_of_two_networks_are_not_mixed_when_the_twin_names_none(mnist_root, tmp_path):
+    # One's own rows, with settings by hand: only a row drawn again tells the networks apart.
+    test, path = load_mnist("test", mnist_root), tmp_path / "rows.csv"
+    settings = {"n0": 10, "n": 100, "alpha": 0.001, "sigma": 0.5, "seed": 0}
+
+    def record(seed, stop=None, **options):
+        torch.manual_seed(seed)
+        smooth = SmoothClassifier(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), 0.5)
+        options |= {"labels": test.tensors[1][:20].tolist()}
+
+        def certify(left):
+            drawn = {key: settings[key] for key in ("n0", "n", "alpha", "seed")}
+            rows = evaluate_robustness(smooth, test, **drawn, indices=left, progress=False)
+            return (row for row in rows if row["index"] != stop)
+
+        return record_certificates(path, range(20), certify, settings, {}, **options)
+
+    with pytest.raises(ValueError, match="image 11 where image 10"):
+        record(0, stop=10)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="drawn again"):
+        record(1, resume=True)
+    assert path.read_bytes() == before
+    assert len(record(0, resume=True)) == 20
+    assert verify(path) == []

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from src.certificates import COLUMNS, check_rows, read_twin, record_certificates, verify
-from src.certification import certified_radius, lower_confidence_bound
+from src.certificates import (
+    COLUMNS,
+    check_rows,
+    indices_digest,
+    main,
+    read_twin,
+    record_certificates,
+    verify,
+    write_twin,
+)
+from src.certification import (
+    certified_radius,
+    lower_confidence_bound,
+    two_sided_bounds,
+    two_sided_radius,
+)
 from src.shards import merge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,6 +277,172 @@ def test_merged_shards_are_what_one_process_writes(finished, tmp_path):
     with pytest.raises(ValueError, match="another run"):
         merge(merged, shards)
     assert merged.read_bytes() == finished.read_bytes()
+
+
+def interrupted(path, rows=40, **options):
+    """A run that was stopped after so many rows."""
+
+    def stop(left):
+        yield from certify(left[:rows])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_certificates(path, INDICES, stop, SETTINGS, {"command": "test"}, **options)
+
+
+def consistent(row, **changes):
+    """Another row whose bound, radius, prediction and correctness follow from its count."""
+    row = row | changes
+    bound = float(lower_confidence_bound(int(row["top_count"]), int(row["n"]), float(row["alpha"])))
+    row |= {"p_lower": bound, "radius": float(certified_radius(bound, float(row["sigma"])))}
+    row["prediction"] = row["prediction"] if bound > 0.5 else -1
+    return row | {"correct": int(str(row["prediction"]) == str(row["label"]))}
+
+
+# Of each column: index, label, prediction, counts, and what the settings repeat.
+ALTERED = [{"top_count": 777}, {"top_count": 100}, {"label": 9, "prediction": 9}, {"prediction": 9}]
+ALTERED += [{"index": 1}, {"n": 2000}, {"n0": 7}, {"alpha": 0.01}, {"sigma": 1.0}, {"seed": 1}]
+
+
+@pytest.mark.parametrize("changes", ALTERED, ids=str)
+@pytest.mark.parametrize("state", ["finished", "interrupted", "cut"])
+def test_an_altered_row_is_never_signed_anew(changes, state, finished, tmp_path):
+    path = tmp_path / "altered.csv"
+    if state == "interrupted":
+        interrupted(path)
+    else:
+        record(path)
+    lines = path.read_text().splitlines(keepends=True)
+    lines = lines[:61] if state == "cut" else lines
+    row = consistent(dict(zip(COLUMNS, lines[21].strip().split(","), strict=True)), **changes)
+    lines[21] = ",".join(str(row[column]) for column in COLUMNS) + "\n"
+    path.write_text("".join(lines))
+    twin = path.with_suffix(".json").read_bytes()
+    with pytest.raises(ValueError, match=r"altered|damaged|drawn again"):
+        record(path, resume=True)
+    signed = read_twin(path.with_suffix(".json"))
+    assert signed.get("rows_sha256") == json.loads(twin).get("rows_sha256")
+    assert verify(path) != []
+
+
+def test_labels_on_disk_are_compared_with_the_data(tmp_path):
+    path, labels = tmp_path / "rows.csv", [index % 10 for index in INDICES]
+    interrupted(path, labels=labels)
+    labels[7] += 1
+    with pytest.raises(ValueError, match="line 9: the data set has another label"):
+        record(path, labels=labels, resume=True)
+
+
+def test_rows_that_were_not_signed_yet_are_drawn_again(finished, tmp_path):
+    # A kill between a row and its signature; what stands there then may be anything.
+    path = tmp_path / "rows.csv"
+    interrupted(path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[-1].replace(",", ",7", 1)]))
+    record(path, resume=True)
+    assert path.read_bytes() == finished.read_bytes()
+
+
+@pytest.mark.parametrize("given", ["another", "fewer", "more", "again"])
+def test_rows_of_other_images_are_refused(given, tmp_path):
+    def wrong(left):
+        rows = list(certify(left))
+        other = {"another": rows[:5] + rows[6:], "fewer": rows[:-1], "again": rows[:1] * len(left)}
+        yield from other.get(given, [*rows, rows[-1]])
+
+    path = tmp_path / "rows.csv"
+    with pytest.raises(ValueError, match="'certify' gave"):
+        record_certificates(path, INDICES, wrong, SETTINGS, {})
+    assert not read_twin(path.with_suffix(".json"))["finished"]
+
+
+def test_verify_knows_the_images_that_were_asked_for(finished):
+    twin = finished.with_suffix(".json")
+    content = read_twin(twin)
+    content["settings"]["indices"] = indices_digest(range(100))
+    write_twin(twin, content)
+    assert verify(finished) == ["the rows are not those of the images that were asked for"]
+
+
+def test_the_number_of_classes_is_in_the_twin(tmp_path):
+    def many(left):
+        for row in certify(left):
+            top, n, alpha = row["top_count"], row["n"], row["alpha"]
+            rival = min(10, n - top)
+            bounds = two_sided_bounds(top, rival, n, alpha, 100)
+            tight = two_sided_radius(*bounds, 0.5) if row["p_lower"] > 0.5 else 0.0
+            yield row | {"rival_count": rival, "radius_two_sided": float(tight)}
+
+    path = tmp_path / "rows.csv"
+    settings = SETTINGS | {"two_sided": True, "num_classes": 100}
+    record_certificates(path, INDICES, many, settings, {})
+    assert verify(path) == []
+
+
+def test_a_twin_moved_without_its_rows_is_not_overwritten(finished):
+    # The kill came between moving the twin and moving the rows.
+    before = finished.read_bytes()
+    twin = finished.with_suffix(".json")
+    kept = finished.with_name("rows.previous-1.json")
+    content = twin.read_bytes()
+    twin.replace(kept)
+    finished.write_bytes(before[:-300])
+    record(finished)
+    assert kept.read_bytes() == content
+    assert finished.with_name("rows.previous-1.csv").read_bytes() == before[:-300]
+
+
+def test_rows_survive_a_checkout_with_other_line_ends():
+    rows = sorted((ROOT / "reference" / "results").rglob("*.csv"))
+    names = [str(path.relative_to(ROOT)) for path in rows]
+    command = ["git", "-C", str(ROOT), "check-attr", "text", "--", *names]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.count("text: unset") == len(names) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("rows.csv", None, "There is no file .*rows.csv"),
+        ("rows.json", None, "There is no file .*rows.json"),
+        ("rows.json", b"[" * 200_000, "not the twin"),
+        ("rows.json", b"{}", "not the twin"),
+        (
+            "rows.json",
+            b'{"sha256": "", "settings": 3, "facts": {}, "finished": true}',
+            "not the twin",
+        ),
+        ("rows.csv", b"\xff\xfe", "not text"),
+        ("rows.csv", b'index,"' + b"x" * 200_000 + b"\n", "not a table"),
+        ("rows.csv", "\ufeffindex,label\n1,2\n".encode(), "contradicts itself"),
+        ("rows.csv", b"", "expected columns"),
+    ],
+)
+@pytest.mark.parametrize("what", ["verify", "resume"])
+def test_damaged_files_are_one_sentence(name, content, sentence, what, finished, capsys):
+    path = finished.with_name(name)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    if what == "verify":
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", str(finished)])
+        assert re.search(sentence, ended.value.code)
+    elif content:
+        with pytest.raises(ValueError, match=str(finished.with_suffix(""))):
+            record(finished, resume=True)
+
+
+def test_merging_never_writes_over_what_it_reads(finished, tmp_path):
+    before = {p.name: p.read_bytes() for p in finished.parent.iterdir()}
+    for target in (finished.with_suffix(".json"), finished, finished.with_name("rows")):
+        with pytest.raises(ValueError, match=r"must end in \.csv|is one of the shards"):
+            merge(target, [finished])
+    assert {p.name: p.read_bytes() for p in finished.parent.iterdir()} == before
+    with pytest.raises(ValueError, match=r"must end in \.csv"):
+        record(tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_columns_are_the_contract():
