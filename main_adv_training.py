@@ -16,11 +16,21 @@ from src.adversarial import (
     training_attack,
 )
 from src.checkpoints import save_checkpoint
-from src.command_line import count, number, parse, provenance, run, script_parser, training_options
+from src.command_line import (
+    count,
+    number,
+    parse,
+    provenance,
+    reserved,
+    run,
+    script_parser,
+    training_options,
+)
 from src.distributed import is_main, own_seed
 from src.models import ConvNN
 from src.plotting import plot_held_out_robustness, plot_training
 from src.reports import report_attacks
+from src.robustness import radii_with
 from src.training_and_evaluation import accuracy, adversarial_loss, trades_loss, train_model
 from src.utils import get_device, load_training_data, seed_everything, spread
 
@@ -34,16 +44,21 @@ DEFAULTS = {
 
 
 def main(argv=None):
-    args = complete(parse(option_parser(), argv))
+    args = complete(parse(option_parser(), argv, epochs=1))
     device = get_device(args.device)
     seed_everything(args.seed)
     *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
-    # Before the training: the commit may change while it runs.
-    facts = provenance(Path(__file__).stem, args, argv)
-    model, history = train(*training, args, device)
-    if not is_main():
-        return
-    facts |= {"seconds": history["epochs"][-1]["seconds"]}
+    with reserved(args, "attacks", "smallest_epsilons"):
+        # Before the training: the commit may change while it runs.
+        facts = provenance(Path(__file__).stem, args, argv)
+        model, history = train(*training, args, device)
+        if is_main():
+            facts |= {"seconds": history["epochs"][-1]["seconds"]}
+            report(model, history, test, args, facts)
+
+
+def report(model, history, test, args, facts):
+    """Save the model, then draw, evaluate and write what is known of it."""
     path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
     report_training(history, Path(args.figures) / args.name)
     test_accuracy = accuracy(model, test)
@@ -59,6 +74,7 @@ def main(argv=None):
         images=100 if args.quick else 1000,
         curve_images=50 if args.quick else 500,
         steps=4 if args.quick else 40,
+        radii=radii_with((args.norm, args.epsilon)),
     )
     print(f"Figures in {args.figures}/, rows in {args.results}/")
 
@@ -114,12 +130,23 @@ def report_training(history, stem):
 
 
 def complete(args):
-    """The options with the defaults of their norm filled in."""
+    """The options with the defaults of their norm and of their attack filled in.
+
+    Raises:
+        ValueError: for an option without effect beside the others, or a ball beyond all images.
+    """
     for name, value in DEFAULTS[args.norm].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.no_thresholds:
         args.thresholds = None
+    if args.norm == "linf" and args.epsilon > 1:
+        raise ValueError(f"--epsilon {args.epsilon:g} is more than pixels in [0, 1] can move by.")
+    for attack, name, value in (("pgd", "steps", 7), ("gradient", "stride", 2.0)):
+        if args.attack != attack and getattr(args, name) is not None:
+            raise ValueError(f"--{name} has no effect without --attack {attack}; leave it out.")
+        if args.attack == attack and getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -129,25 +156,30 @@ def option_parser():
     training_options(parser, name=NAME, epochs=14, hidden=256, shift=0, warp=0.15)
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
     parser.add_argument(
-        "--epsilon", type=number(), help="radius, in pixel units; default: 0.3, in l2 2"
+        "--epsilon",
+        type=number(high=28, with_high=True),
+        help="radius, in pixel units; default: 0.3, in l2 2",
     )
     parser.add_argument(
         "--attack", choices=("gradient", "pgd"), default="gradient", help="used in training"
     )
-    parser.add_argument("--steps", type=count(), default=7, help="of PGD in training")
+    parser.add_argument("--steps", type=count(), help="of PGD in training; default: 7")
     parser.add_argument(
-        "--stride", type=number(), default=2.0, help="length of the single step, in epsilon"
+        "--stride",
+        type=number(high=100),
+        help="length of the single step, in epsilon; default: 2",
     )
     parser.add_argument(
         "--beta", type=number(), help="weight of the divergence in the TRADES loss; default: none"
     )
-    parser.add_argument(
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument(
         "--thresholds",
-        type=number(0, 1),
+        type=number(0, 1, with_low=True, with_high=True),
         nargs=2,
         help="ends of the ramp that pixels pass first; default: 0.4 0.6, in l2 no ramp",
     )
-    parser.add_argument("--no-thresholds", action="store_true", help="let pixels in as they are")
+    cut.add_argument("--no-thresholds", action="store_true", help="let pixels in as they are")
     return parser
 
 

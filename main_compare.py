@@ -7,7 +7,17 @@ results/comparison_smallest_epsilons.csv and figures.
 
 from pathlib import Path
 
-from src.command_line import count, number, parse, provenance, run, script_parser, share
+from src.certification import minimum_successes
+from src.command_line import (
+    count,
+    number,
+    parse,
+    provenance,
+    run,
+    script_parser,
+    share,
+    when_interrupted,
+)
 from src.comparison import (
     MODELS,
     attack_models,
@@ -18,6 +28,7 @@ from src.comparison import (
     merge_shards,
     recorded_precision,
     report_comparison,
+    set_targets_aside,
     smoothing_sigma,
 )
 from src.distributed import from_main, is_main, processes, rank, restarted, wait_for_all
@@ -28,73 +39,93 @@ from src.utils import get_device, load_mnist, seed_everything
 
 
 def main(argv=None):
-    args = parse(option_parser(), argv)
-    if args.quick:
-        args.every, args.n, args.steps = 1000, 500, 4
+    args = complete(parse(option_parser(), argv, every=1000, n=500))
     device = get_device(args.device)
     seed_everything(args.seed)
     test = load_mnist("test", args.data)
     indices = range(0, len(test), args.every)
-    if args.shard and processes() > 1:
-        raise ValueError("Give either --shard or several processes of torchrun, not both.")
     shard = args.shard or (rank() + 1, processes())
     models = load_models(args.models, device, {name: getattr(args, name) for name in MODELS})
-    sigma = args.sigma or smoothing_sigma(models["smoothed"])
+    args.sigma = args.sigma or smoothing_sigma(models["smoothed"])
     results = Path(args.results)
     resume = args.resume or restarted()
-    precision = args.precision
-    if precision == "auto":
-        precision = measured_precision(models, results, shard, resume=resume)
+    if args.precision == "auto":
+        args.precision = measured_precision(models, results, shard, resume=resume)
     facts = provenance(Path(__file__).stem, args, argv)
 
-    results.mkdir(parents=True, exist_ok=True)
+    reports = is_main() and not args.shard
     # One run at a time: tables and figures must be of the rows that lie beside them.
-    part = args.shard or not is_main()
-    with lock_file(results / (f"comparison-{shard[0]}-of-{shard[1]}" if part else "comparison")):
-        certificates = certify_models(
-            models,
-            test,
-            indices,
-            sigma=sigma,
-            n0=args.n0,
-            n=args.n,
-            alpha=args.alpha,
-            seed=args.seed,
-            precision=precision,
-            results=results,
-            facts=facts,
-            resume=resume,
-            shard=shard,
-            two_sided=args.two_sided,
-        )
-        wait_for_all()
-        if args.shard or not is_main():
-            return
-        if processes() > 1:
-            certificates = merge_shards(models, results, processes())
-        evaluations = attack_models(models, test, indices, steps=args.steps)
-        report_comparison(
-            evaluations,
-            certificates,
-            test,
-            sigma=sigma,
-            facts=facts,
-            results=results,
-            figures=args.figures,
-        )
-        if args.challenge:
-            challenge_models(
+    name = "comparison" if reports else "comparison-{}-of-{}".format(*shard)
+    results.mkdir(parents=True, exist_ok=True)
+    with lock_file(results / name):
+        if not resume:
+            set_targets_aside(models, results, shard, tables=reports)
+        with when_interrupted("Finished rows are kept; go on with --resume."):
+            certificates = certify_models(
                 models,
                 test,
-                certificates,
-                sigma=sigma,
-                precision=precision,
-                images=args.challenge,
+                indices,
+                sigma=args.sigma,
+                n0=args.n0,
+                n=args.n,
+                alpha=args.alpha,
                 seed=args.seed,
+                precision=args.precision,
+                results=results,
+                facts=facts,
+                resume=resume,
+                shard=shard,
+                two_sided=args.two_sided,
             )
-        if processes() > 1:
-            drop_shards(models, results, processes())
-        print(f"\nFigures in {args.figures}/, rows in {args.results}/")
+            wait_for_all()
+            if reports:
+                report(models, test, indices, certificates, args, facts)
+
+
+def report(models, test, indices, certificates, args, facts):
+    """Attack the models, and write and draw all that is known of them."""
+    results = Path(args.results)
+    if processes() > 1:
+        certificates = merge_shards(models, results, processes())
+    evaluations = attack_models(models, test, indices, steps=args.steps)
+    report_comparison(
+        evaluations,
+        certificates,
+        test,
+        sigma=args.sigma,
+        facts=facts,
+        results=results,
+        figures=args.figures,
+    )
+    if args.challenge:
+        challenge_models(
+            models,
+            test,
+            certificates,
+            sigma=args.sigma,
+            precision=args.precision,
+            images=args.challenge,
+            seed=args.seed,
+        )
+    if processes() > 1:
+        drop_shards(models, results, processes())
+    print(f"\nFigures in {args.figures}/, rows in {args.results}/")
+
+
+def complete(args):
+    """The options with their defaults filled in.
+
+    Raises:
+        ValueError: for options that cannot certify, or have no effect beside the others.
+    """
+    minimum_successes(args.n, args.alpha)
+    if args.shard and processes() > 1:
+        raise ValueError("Give either --shard or several processes of torchrun, not both.")
+    for name in ("steps", "challenge"):
+        if args.shard and getattr(args, name):
+            raise ValueError(f"--{name} has no effect with --shard, which only certifies.")
+    args.steps = args.steps or (4 if args.quick else 40)
+    return args
 
 
 def measured_precision(models, results: Path, shard, *, resume: bool) -> str:
@@ -114,7 +145,9 @@ def option_parser():
         help = f"checkpoint of the {name} model; default: {stem}.pt in --models"
         parser.add_argument(f"--{name}", metavar="FILE", help=help)
     parser.add_argument(
-        "--sigma", type=number(), help="noise, pixel units; default: of the smoothed model"
+        "--sigma",
+        type=number(high=10, with_high=True),
+        help="noise, pixel units; default: of the smoothed model",
     )
     parser.add_argument("--every", type=count(), default=20, help="take every so many test images")
     parser.add_argument(
@@ -135,7 +168,7 @@ def option_parser():
         action="store_true",
         help="bound the rivals from above as well: a second radius, in columns of its own",
     )
-    parser.add_argument("--steps", type=count(), default=40, help="of PGD")
+    parser.add_argument("--steps", type=count(), help="of PGD; default: 40")
     parser.add_argument("--resume", action="store_true", help="go on with interrupted rows")
     parser.add_argument(
         "--challenge",
@@ -152,4 +185,4 @@ def option_parser():
 
 
 if __name__ == "__main__":
-    run(main, interrupted="Finished rows are kept; go on with --resume.")
+    run(main)

@@ -8,8 +8,19 @@ results/randomized_smoothing_certificates.csv and figures.
 
 from pathlib import Path
 
+from src.certification import minimum_successes
 from src.checkpoints import load_checkpoint, save_checkpoint
-from src.command_line import count, number, parse, provenance, run, script_parser, training_options
+from src.command_line import (
+    count,
+    number,
+    parse,
+    provenance,
+    reserved,
+    run,
+    script_parser,
+    training_options,
+    when_interrupted,
+)
 from src.distributed import from_main, is_main
 from src.folded import PRECISIONS
 from src.models import ConvNN, SmoothClassifier
@@ -20,6 +31,7 @@ from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything
 
 NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
+ALPHA = 0.001  # Failure odds of one certificate.
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
 TRAINING += ("consistency", "confidence", "channels", "hidden", "held_out", "precision")
@@ -27,27 +39,40 @@ TRAINING += ("optimizer", "warp", "attack_draws", "weight_decay", "quick")
 
 
 def main(argv=None):
-    args = parse(option_parser(), argv)
-    if args.quick:
-        args.every, args.n = 50, 500
+    args = parse(option_parser(), argv, epochs=1, every=50, n=500)
+    minimum_successes(args.n, ALPHA)  # Refuses an n that could not certify anything.
     device = get_device(args.device)
     seed_everything(args.seed)
     *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
     path = Path(args.models) / f"{args.name}.pt"
-    facts = provenance(Path(__file__).stem, args, argv) | {"sigma": args.sigma}
-    if from_main(lambda: args.resume and path.exists()):
-        smooth = trained(path, args, device)
-        made = smooth.base_classifier.facts
-        facts |= {"seconds": made["seconds"], "trained": [made["command"], made["commit"]]}
-        print(f"Going on with {path}, which is not trained again")
-    else:
-        smooth, seconds = train(*training, args, device)
-        facts |= {"seconds": seconds}
+    resume = from_main(lambda: args.resume and path.exists())
+    with reserved(args, "certificates", resume=resume):
+        facts = provenance(Path(__file__).stem, args, argv) | {"sigma": args.sigma}
+        if resume:
+            smooth = trained(path, args, device)
+            made = smooth.base_classifier.facts
+            facts |= {"seconds": made["seconds"], "trained": [made["command"], made["commit"]]}
+            print(f"Going on with {path}, which is not trained again")
+        else:
+            smooth, history = train(*training, args, device)
+            facts |= {"seconds": history["epochs"][-1]["seconds"]}
         if is_main():
-            save_checkpoint(path, smooth.base_classifier, **facts)
-            print(f"Saved {path}")
-    if not is_main():
-        return
+            if not resume:
+                save(path, smooth, history, args, facts)
+            with when_interrupted("The checkpoint and finished rows are kept; add --resume."):
+                report(smooth, test, args, facts, resume=resume)
+
+
+def save(path, smooth, history, args, facts):
+    """Save the base classifier, then draw its training."""
+    save_checkpoint(path, smooth.base_classifier, **facts)
+    print(f"Saved {path}")
+    curves = Path(args.figures) / f"{args.name}_curves.png"
+    plot_training(history, curves, f"{TITLE}, sigma = {args.sigma:g}")
+
+
+def report(smooth, test, args, facts, *, resume):
+    """Certify test images; print, write and draw what is known of the smoothed classifier."""
     report_smoothing(
         smooth,
         test,
@@ -59,8 +84,9 @@ def main(argv=None):
         images=50 if args.quick else 1000,
         indices=range(0, len(test), args.every),
         n=args.n,
+        alpha=ALPHA,
         seed=args.seed,
-        resume=args.resume,
+        resume=resume,
     )
     print(f"Figures in {args.figures}/, rows in {args.results}/")
 
@@ -86,7 +112,7 @@ def trained(path, args, device):
 
 
 def train(images, held_out, args, device):
-    """The smoothed classifier trained as the options say, and the seconds it took."""
+    """The smoothed classifier trained as the options say, and the history of its training."""
     print(
         f"Training of ConvNN {args.channels} under noise of sigma = {args.sigma:g}, "
         f"{args.method}, on {len(images):,} images, {device}"
@@ -119,22 +145,22 @@ def train(images, held_out, args, device):
         # One noisy draw per image: what the smoothed classifier averages over.
         watch=lambda model: {"clean": accuracy(model, held_out)},
     )
-    if is_main():
-        curves = Path(args.figures) / f"{args.name}_curves.png"
-        plot_training(history, curves, f"{TITLE}, sigma = {args.sigma:g}")
-    return smooth, history["epochs"][-1]["seconds"]
+    return smooth, history
 
 
 def option_parser():
     parser = script_parser(__doc__)
     training_options(parser, name=NAME, epochs=12)
     parser.add_argument(
-        "--sigma", type=number(), default=0.5, help="standard deviation of the noise, pixel units"
+        "--sigma",
+        type=number(high=10, with_high=True),
+        default=0.5,
+        help="standard deviation of the noise, pixel units",
     )
     parser.add_argument("--method", choices=METHODS, default="gaussian", help="of training")
     parser.add_argument(
         "--epsilon",
-        type=number(),
+        type=number(high=28, with_high=True),
         help="l2 length of the SmoothAdv step, pixel units; default: that of the method",
     )
     parser.add_argument(
@@ -166,4 +192,4 @@ def option_parser():
 
 
 if __name__ == "__main__":
-    run(main, interrupted="A finished checkpoint and its rows are kept; go on with --resume.")
+    run(main)

@@ -7,7 +7,7 @@ results/standard_training_smallest_epsilons.csv and figures.
 from pathlib import Path
 
 from src.checkpoints import save_checkpoint
-from src.command_line import parse, provenance, run, script_parser, training_options
+from src.command_line import parse, provenance, reserved, run, script_parser, training_options
 from src.distributed import is_main
 from src.models import ConvNN
 from src.plotting import plot_training
@@ -21,35 +21,39 @@ NAME, TITLE = "standard_training", "Standard training"
 def main(argv=None):
     parser = script_parser(__doc__)
     training_options(parser, name=NAME, epochs=12)
-    args = parse(parser, argv)
+    args = parse(parser, argv, epochs=1)
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, test = load_training_data(args.data, args.held_out, quick=args.quick)
 
-    # Before the training: the commit may change while it runs.
-    facts = provenance(Path(__file__).stem, args, argv)
-    print(f"Standard training of ConvNN {args.channels} on {len(train):,} images, {device}")
-    model = ConvNN(args.channels, args.hidden).to(device)
-    history = train_model(
-        model,
-        train,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        shift=args.shift,
-        warp=args.warp,
-        precision=args.precision,
-        optimizer=args.optimizer,
-        seed=args.seed,
-        watch=lambda model: {"clean": accuracy(model, held_out)},
-    )
-    if not is_main():
-        return
-    facts |= {"seconds": history["epochs"][-1]["seconds"]}
+    with reserved(args, "attacks", "smallest_epsilons"):
+        # Before the training: the commit may change while it runs.
+        facts = provenance(Path(__file__).stem, args, argv)
+        print(f"Standard training of ConvNN {args.channels} on {len(train):,} images, {device}")
+        model = ConvNN(args.channels, args.hidden).to(device)
+        history = train_model(
+            model,
+            train,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            shift=args.shift,
+            warp=args.warp,
+            precision=args.precision,
+            optimizer=args.optimizer,
+            seed=args.seed,
+            watch=lambda model: {"clean": accuracy(model, held_out)},
+        )
+        if is_main():
+            facts |= {"seconds": history["epochs"][-1]["seconds"]}
+            report(model, history, test, args, facts)
+
+
+def report(model, history, test, args, facts):
+    """Save the model, then draw, evaluate and write what is known of it."""
     path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
     plot_training(history, Path(args.figures) / f"{args.name}_curves.png", TITLE)
-
     test_accuracy = accuracy(model, test)
     print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
     report_attacks(

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from src.checklist import evaluation_warnings
 from src.minimal_epsilon import epsilon_curves, epsilon_rows
-from src.robustness import attack_hits, table_rows
+from src.robustness import RADII, attack_hits, table_rows
 from src.utils import subset
 
 
@@ -18,6 +18,7 @@ def attack_evaluation(
     curve_indices: Sequence[int],
     *,
     steps: int,
+    radii: Sequence[tuple[str, float]] = RADII,
 ) -> dict[str, list[dict]]:
     """Attack a model at fixed radii, look for the smallest radii, go through the checklist.
 
@@ -27,13 +28,14 @@ def attack_evaluation(
         indices: the images in it that are attacked at fixed radii.
         curve_indices: those whose smallest epsilon is looked for.
         steps: of PGD at fixed radii; the search takes half as many.
+        radii: pairs of norm and epsilon.
 
     Returns:
         Lists of rows by name: `table` as of `attack_table`, `smallest_epsilons` as of
         `epsilon_rows`, `curve` as of `epsilon_curves`, `warnings` as of `evaluation_warnings`.
     """
     dataset = subset(test, indices)
-    hits = attack_hits(model, dataset, steps=steps)
+    hits = attack_hits(model, dataset, steps=steps, radii=radii)
     smallest = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1))
     curve = epsilon_curves(smallest)
     return {

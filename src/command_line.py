@@ -1,19 +1,22 @@
 """What the four scripts share on the command line."""
 
 import argparse
-import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from src.distributed import process_group, processes, report_failure
-from src.files import check_writable
+from src.certificates import drop_equal_copies, set_aside
+from src.distributed import is_main, process_group, processes, report_failure
+from src.files import check_target, check_writable, lock_file
 from src.folded import FLOATS
 from src.optimisation import OPTIMIZERS
 from src.utils import get_device
@@ -28,29 +31,86 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one sentence, without the lines of usage, and exit status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"error: {message}; see --help")
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, **quick
+) -> argparse.Namespace:
     """The options, once the folders they name are known to take files.
 
+    Args:
+        parser: of `script_parser`.
+        argv: the words; None for those of the command line.
+        quick: the defaults under --quick; what the user gives goes before them.
+
     Raises:
-        OSError: if one does not; better before the training than after it.
+        OSError: if a folder does not take files; better before the training than after it.
     """
     args = parser.parse_args(argv)
-    if args.quick and hasattr(args, "epochs"):
-        args.epochs = 1
+    if args.quick:
+        parser.set_defaults(**quick)
+        args = parser.parse_args(argv)
     for folder in (args.models, args.figures, args.results):
         check_writable(folder)
     return args
 
 
+@contextmanager
+def reserved(args: argparse.Namespace, *tables: str, resume: bool = False) -> Iterator[None]:
+    """Hold the name of a training run, from before the training until all is written.
+
+    What the run will write can be written, no other run writes it, and earlier rows of that name,
+    which would lie beside another model, are out of the way.
+
+    Args:
+        args: options with `name` and the folders `models`, `figures` and `results`.
+        tables: endings of the files of rows, after the name.
+        resume: leave the rows: the run goes on with them.
+
+    Raises:
+        OSError: if a file cannot be written or another run holds the name.
+    """
+    if not is_main():
+        yield
+        return
+    model = Path(args.models) / f"{args.name}.pt"
+    rows = [Path(args.results) / f"{args.name}_{table}.csv" for table in tables]
+    longest = Path(args.figures) / f"{args.name}_accuracy_against_epsilon.png"
+    for path in (model, *rows, longest):
+        check_target(path)
+    with lock_file(model), lock_file(Path(args.results) / args.name):
+        for path in () if resume else rows:
+            set_aside(path)
+        yield
+        for path in rows:
+            drop_equal_copies(path)
+
+
+@contextmanager
+def when_interrupted(advice: str) -> Iterator[None]:
+    """What `run` says after Ctrl-C in this block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice) from None
+
+
 def script_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every script takes."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    parser.add_argument("--seed", type=count(0), default=0, help="of everything that is random")
+    parser.add_argument(
+        "--seed", type=count(0, 2**63 - 1), default=0, help="of everything that is random"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds, tiny sizes")
     parser.add_argument("--data", default="data", help="folder of MNIST, filled if it is empty")
     parser.add_argument("--models", default="models", help="folder of the checkpoints")
@@ -69,31 +129,35 @@ def training_options(
     warp: float = 0.0,
 ) -> None:
     """Add the options of the scripts that train, with the defaults given."""
-    parser.add_argument("--name", default=name, help="stem of the files written")
+    parser.add_argument("--name", type=stem, default=name, help="stem of the files written")
     parser.add_argument("--epochs", type=count(), default=epochs, help="passes over the data")
     parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
-    parser.add_argument("--learning-rate", type=number(), default=0.01, help="at its peak")
+    parser.add_argument("--learning-rate", type=number(high=10), default=0.01, help="at its peak")
     parser.add_argument(
         "--weight-decay",
-        type=number(with_low=True),
+        type=number(high=10, with_low=True),
         default=0.01,
         help="each update shrinks a weight by this fraction times the learning rate",
     )
     parser.add_argument(
-        "--shift", type=count(0), default=shift, help="largest random translation, in pixels"
+        "--shift", type=count(0, 27), default=shift, help="largest random translation, in pixels"
     )
     parser.add_argument(
         "--warp",
-        type=number(with_low=True),
+        type=number(high=1, with_low=True),
         default=warp,
         help="largest random distortion: 0.1 turns, shears and stretches by up to a tenth",
     )
     parser.add_argument(
-        "--channels", type=count(), nargs=2, default=[16, 32], help="widths of the convolutions"
+        "--channels",
+        type=count(1, 4096),
+        nargs=2,
+        default=[16, 32],
+        help="widths of the convolutions",
     )
     parser.add_argument(
         "--hidden",
-        type=count(),
+        type=count(1, 65_536),
         default=hidden,
         help="width of a fully connected layer before the output",
     )
@@ -114,53 +178,63 @@ def training_options(
     )
 
 
-def count(minimum: int = 1) -> Callable[[str], int]:
-    """Type of an option: an integer of at least `minimum`."""
+def count(minimum: int = 1, maximum: int = 10**9) -> Callable[[str], int]:
+    """Type of an option: an integer from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is not an integer of at least {minimum}")
+        if not minimum <= value <= maximum:
+            bounds = f"of at least {minimum}" if value < minimum else f"of at most {maximum:,}"
+            raise argparse.ArgumentTypeError(f"{text} is not an integer {bounds}")
         return value
 
     return parse
 
 
 def number(
-    low: float = 0.0, high: float = float("inf"), *, with_low: bool = False
+    low: float = 0.0, high: float = 1000.0, *, with_low: bool = False, with_high: bool = False
 ) -> Callable[[str], float]:
-    """Type of an option: a finite number above `low` (`with_low`: at least `low`), below `high`."""
+    """Type of an option: a number between `low` and `high`, or also one of those themselves."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not (low < value < high or (with_low and value == low)):
+        if not (low < value < high or (with_low and value == low) or (with_high and value == high)):
             bounds = f"{'at least' if with_low else 'above'} {low:g}"
-            bounds += f" and below {high:g}" if math.isfinite(high) else ""
+            bounds += f" and {'at most' if with_high else 'below'} {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
         return value
 
     return parse
 
 
+def stem(text: str) -> str:
+    """Type of an option: the beginning of file names, in the folders given and visible."""
+    if not text or text.startswith(".") or any(not c.isprintable() or c in "/\\" for c in text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no beginning of a file name; use letters, digits, '_', '-' and '.'"
+        )
+    return text
+
+
 def share(text: str) -> tuple[int, int]:
-    """Type of an option: "k/n" as (k, n), 1 <= k <= n."""
+    """Type of an option: "k/n" as (k, n), 1 <= k <= n, 2 <= n."""
     part, _, parts = text.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"{text} is not of the form k/n with 1 <= k <= n")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) >= 2):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form k/n with 1 <= k <= n, 2 <= n")
     return int(part), int(parts)
 
 
-def run(main: Callable[[], None], *, interrupted: str = "") -> None:
+def run(main: Callable[[], None]) -> None:
     """Call a script's `main`, alone or as one of torchrun's processes.
 
-    An expected error becomes one sentence and exit status 1; `interrupted` is what to say after
-    Ctrl-C, which gives exit status 130.
+    An expected error becomes one sentence and exit status 1; Ctrl-C gives exit status 130, with
+    the advice of `when_interrupted`.
     """
     try:
         with process_group():
@@ -169,8 +243,8 @@ def run(main: Callable[[], None], *, interrupted: str = "") -> None:
         if os.environ.get("TRACEBACK"):
             raise
         report_failure(str(error))
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {interrupted}".rstrip(), file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\nInterrupted. {error}".rstrip(), file=sys.stderr)
         sys.exit(130)
 
 
@@ -180,8 +254,9 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     # What is trained depends on the number of processes: each has noise and batch statistics of
     # its own.
     several = f"torchrun --nproc-per-node={processes()} --"
+    start = several if processes() > 1 else "python"
     return {
-        "command": " ".join([several if processes() > 1 else "python", f"{script}.py", *words]),
+        "command": f"{start} {shlex.join([f'{script}.py', *words])}",
         "options": vars(args),
         "commit": code_commit(),
         "device": str(get_device(args.device)),
@@ -200,17 +275,19 @@ _CODE = ("*.py", "*.c", "*.h", "requirements.txt")
 
 def code_commit(root: Path = _ROOT) -> str:
     """The commit of a checkout, with a + if code differs from it; "unknown" outside of one."""
+    # A hook of git exports where *its* repository lies.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
+
     try:
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", *_CODE],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        # A copy of the code inside another repository has none of its commits.
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(root):
+            return "unknown"
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit + "+" * bool(git("status", "--porcelain", "--", *_CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + "+" * bool(changed)

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 from src.attack_evaluation import attack_evaluation, attack_rows
-from src.certificates import read_rows, read_twin, record_certificates, write_rows
+from src.certificates import drop_equal_copies, read_rows, read_twin, set_aside, write_rows
 from src.challenge import broken_allowed, challenge_certificates
 from src.checklist import short_warnings, warning_lines
 from src.checkpoints import load_checkpoint
@@ -19,7 +19,8 @@ from src.plotting import (
     plot_gallery,
     plot_p_lower,
 )
-from src.redraw import certificate_settings
+from src.redraw import certify_dataset
+from src.robustness import radii_with
 from src.shards import merge
 from src.tables import (
     attack_comparison,
@@ -28,7 +29,7 @@ from src.tables import (
     population_lines,
     round_down,
 )
-from src.training_and_evaluation import accuracy, evaluate_robustness
+from src.training_and_evaluation import accuracy
 from src.utils import subset
 
 # Checkpoint and the script that makes it, for each model in the order of the tables.
@@ -37,6 +38,8 @@ MODELS = {
     "adversarial": ("adversarial_training", "main_adv_training.py"),
     "smoothed": ("randomized_smoothing", "main_random_smoothing.py"),
 }
+
+TABLES = ("attacks", "smallest_epsilons")
 
 
 def load_models(
@@ -69,6 +72,12 @@ def smoothing_sigma(model: ConvNN) -> float:
     return model.facts["sigma"]
 
 
+def trained_ball(model: ConvNN) -> tuple[str, float] | None:
+    """Norm and epsilon of the attack that a checkpoint was trained with, if it was."""
+    options = model.facts.get("options", {})
+    return (options["norm"], options["epsilon"]) if {"norm", "epsilon"} <= options.keys() else None
+
+
 def attack_models(
     models: Mapping[str, ConvNN], test: TensorDataset, indices: Sequence[int], *, steps: int
 ) -> dict[str, dict[str, list[dict]]]:
@@ -76,10 +85,12 @@ def attack_models(
 
     The smoothed model stands there with its base network: these attacks do not see the noise.
     """
-    evaluations = {}
+    evaluations, radii = {}, radii_with(*filter(None, map(trained_ball, models.values())))
     for name, model in models.items():
         print(f"Attacking the {name} model on {len(indices)} test images")
-        evaluations[name] = attack_evaluation(model, test, indices, indices, steps=steps)
+        evaluations[name] = attack_evaluation(
+            model, test, indices, indices, steps=steps, radii=radii
+        )
         print(warning_lines(evaluations[name]["warnings"]))
     return evaluations
 
@@ -107,35 +118,50 @@ def certify_models(
     results/certificates_<model>.csv, or .shard-k-of-n.csv, as they are finished; `resume` takes
     up those of an interrupted run, see `record_certificates`. Returns {model: rows}.
     """
-    settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
-    settings |= {"two_sided": True} if two_sided else {}
     part, parts = shard
-    indices = indices[part - 1 :: parts]
-    of = {"shard": f"{part}/{parts}"} if parts > 1 else {}
     rows = {}
     for name, model in models.items():
         print(f"Certifying the {name} model at sigma = {sigma:g}, n = {n:,}, alpha = {alpha:g}")
         clean = accuracy(model.inference_form(precision), test)
         print(f"Its accuracy on all clean test images, in {precision}: {clean:.2%}")
-        smooth = SmoothClassifier(model, sigma, precision=precision)
-        rows[name] = record_certificates(
-            _certificates(results, name, shard),
-            indices,
-            lambda left, smooth=smooth: evaluate_robustness(
-                smooth, test, **settings, indices=left, progress=is_main()
-            ),
-            certificate_settings(smooth, test, **settings) | of,
-            {**facts, "clean_accuracy": clean},
+        rows[name] = certify_dataset(
+            SmoothClassifier(model, sigma, precision=precision),
+            test,
+            certificates_path(results, name, shard),
+            n0=n0,
+            n=n,
+            alpha=alpha,
+            seed=seed,
+            indices=indices[part - 1 :: parts],
             resume=resume,
+            two_sided=two_sided,
+            facts={**facts, "clean_accuracy": clean},
+            shard=f"{part}/{parts}" if parts > 1 else None,
+            progress=is_main(),
         )
     return rows
+
+
+def set_targets_aside(
+    models: Iterable[str], results: Path, shard: tuple[int, int], *, tables: bool
+) -> None:
+    """Move all earlier rows of the models, or of this shard, and the tables out of the way.
+
+    All at the start: an interrupted run must not leave rows of another one to be resumed.
+    """
+    paths = [certificates_path(results, name, shard) for name in models]
+    if tables:
+        paths += [certificates_path(results, name) for name in models]
+        paths += [results / f"comparison_{table}.csv" for table in TABLES]
+    for path in dict.fromkeys(paths):
+        set_aside(path)
 
 
 def recorded_precision(
     results: str | Path, name: str, shard: tuple[int, int] = (1, 1)
 ) -> str | None:
     """The precision of a model's certificates from an earlier run; None if there are none."""
-    twin = _certificates(results, name, shard).with_suffix(".json")
+    twin = certificates_path(results, name, shard).with_suffix(".json")
     return read_twin(twin)["settings"].get("precision") if twin.exists() else None
 
 
@@ -143,8 +169,8 @@ def merge_shards(models: Iterable[str], results: str | Path, parts: int) -> dict
     """Put together what `parts` processes certified of each model; returns {model: rows}."""
     rows = {}
     for name in models:
-        path = _certificates(results, name)
-        merge(path, [_certificates(results, name, (k + 1, parts)) for k in range(parts)])
+        path = certificates_path(results, name)
+        merge(path, [certificates_path(results, name, (k + 1, parts)) for k in range(parts)])
         rows[name] = read_rows(path)
     return rows
 
@@ -153,12 +179,12 @@ def drop_shards(models: Iterable[str], results: str | Path, parts: int) -> None:
     """Delete the shards that `merge_shards` put together."""
     for name in models:
         for k in range(parts):
-            shard = _certificates(results, name, (k + 1, parts))
+            shard = certificates_path(results, name, (k + 1, parts))
             shard.unlink(missing_ok=True)
             shard.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _certificates(results: str | Path, name: str, shard: tuple[int, int] = (1, 1)) -> Path:
+def certificates_path(results: str | Path, name: str, shard: tuple[int, int] = (1, 1)) -> Path:
     """The file of a model's certificates, or of the k-th of n parts of them."""
     part = ".shard-{}-of-{}".format(*shard) if shard[1] > 1 else ""
     return Path(results) / f"certificates_{name}{part}.csv"
@@ -246,6 +272,8 @@ def _report_attacks(
         {"model": name, **row} for name, rows in of_all("smallest_epsilons").items() for row in rows
     ]
     write_rows(results / "comparison_smallest_epsilons.csv", smallest)
+    for table in TABLES:
+        drop_equal_copies(results / f"comparison_{table}.csv")
     plot_accuracy_against_epsilon(
         of_all("curve"),
         figures / "comparison_accuracy_against_epsilon.png",

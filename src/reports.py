@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from src.attack_evaluation import attack_evaluation, attack_rows
 from src.attacks import gradient_attack, pgd_attack
-from src.certificates import record_certificates, write_rows
+from src.certificates import write_rows
 from src.checklist import short_warnings, warning_lines
 from src.files import write_json
 from src.models import ABSTAIN, SmoothClassifier
@@ -21,10 +21,10 @@ from src.plotting import (
     plot_certified_accuracy,
     plot_gallery,
 )
-from src.redraw import certificate_settings
-from src.robustness import accuracy_row
+from src.redraw import certify_dataset
+from src.robustness import RADII, accuracy_row
 from src.tables import attack_lines, certificate_lines, format_table, median_lines, percent
-from src.training_and_evaluation import accuracy, evaluate_robustness
+from src.training_and_evaluation import accuracy
 from src.utils import spread, spread_indices, subset
 
 
@@ -40,6 +40,7 @@ def report_attacks(
     images: int,
     curve_images: int,
     steps: int,
+    radii: Sequence[tuple[str, float]] = RADII,
 ) -> list[dict]:
     """Attack a model on test images: print the table, write the rows, draw the figures.
 
@@ -53,6 +54,7 @@ def report_attacks(
         images: how many test images the table takes, at equal distances.
         curve_images: for how many the smallest epsilon is looked for.
         steps: of PGD in the table; the search takes half as many.
+        radii: pairs of norm and epsilon in the table.
 
     Returns:
         The rows of the table.
@@ -63,6 +65,7 @@ def report_attacks(
         spread_indices(len(test), images),
         spread_indices(len(test), curve_images),
         steps=steps,
+        radii=radii,
     )
     table, smallest = found["table"], found["smallest_epsilons"]
     print(f"\n{title} under attack ({table[0]['images']:,} test images)")
@@ -136,6 +139,7 @@ def report_smoothing(
     images: int,
     indices: Sequence[int],
     n: int,
+    alpha: float,
     seed: int,
     resume: bool = False,
 ) -> None:
@@ -147,20 +151,23 @@ def report_smoothing(
         name, title, figures, results, facts: as for `report_attacks`.
         images: how many test images the smoothed prediction is made for, at equal distances.
         indices: the test images that are certified.
-        n: noisy copies a certificate.
+        n, alpha: noisy copies and failure odds of a certificate.
         seed: of the noise.
         resume: go on with the certificates of an interrupted run, see `record_certificates`.
     """
     clean, lines = _accuracy_lines(smooth, test, images, seed)
     print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
-    settings = {"n0": 100, "n": n, "alpha": 0.001, "seed": seed, "two_sided": True}
-    rows = record_certificates(
+    rows = certify_dataset(
+        smooth,
+        test,
         Path(results) / f"{name}_certificates.csv",
-        indices,
-        lambda left: evaluate_robustness(smooth, test, **settings, indices=left),
-        certificate_settings(smooth, test, **settings),
-        {**facts, "clean_accuracy": clean},
+        n=n,
+        alpha=alpha,
+        seed=seed,
+        indices=indices,
         resume=resume,
+        two_sided=True,
+        facts={**facts, "clean_accuracy": clean},
     )
     radii = [step * smooth.sigma / 2 for step in range(6)]
     print("\n" + certificate_lines({title: rows}, radii))

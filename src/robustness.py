@@ -20,6 +20,11 @@ RADII = (("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 1.0), ("l2", 2.0))
 SINGLE_STEP = "single step"
 
 
+def radii_with(*balls: tuple[str, float]) -> list[tuple[str, float]]:
+    """RADII and these pairs of norm and epsilon, each once: linf first, then by epsilon."""
+    return sorted({*RADII, *balls}, key=lambda ball: (ball[0] != "linf", ball[1]))
+
+
 def attacks(steps: int = 40) -> dict[str, Callable]:
     """The attacks of tables and curves by name: (model, images, labels, epsilon, norm)."""
     return {
