@@ -208,7 +208,8 @@ def _taken_over(path: Path, settings: Mapping, indices, labels, certify) -> list
             raise ValueError(
                 f"{path} cannot be resumed: image {number} drawn again is another row."
             )
-    os.truncate(path, len(text.encode()))
+    if len(text.encode()) < path.stat().st_size:
+        os.truncate(path, len(text.encode()))
     return rows
 
 
@@ -402,8 +403,9 @@ def drop_equal_copies(path: Path) -> None:
     """Delete rows set aside that are the same as the new ones: the same command ran again."""
     for kept in path.parent.glob(f"{path.stem}.previous-*.csv"):
         if kept.read_bytes() == path.read_bytes():
-            kept.unlink()
+            # The rows last, by which the next run finds what is left.
             kept.with_suffix(".json").unlink(missing_ok=True)
+            kept.unlink()
 
 
 def _whole(text: str) -> int:
