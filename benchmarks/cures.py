@@ -29,9 +29,9 @@ from torch import Tensor
 from benchmarks import autoattack
 from src.adversarial import collapsed_epochs, held_out_watch, training_attack
 from src.attacks import gradient_attack
-from src.certificates import read_rows, write_rows
 from src.command_line import code_commit, count, run
 from src.convnn import ConvNN, evaluation_form
+from src.records.rows import read_rows, write_rows
 from src.robustness import hits_by_stage
 from src.tables import format_table
 from src.training_and_evaluation import accuracy, adversarial_loss, standard_loss, train_model

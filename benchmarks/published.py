@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from src.certificates import read_rows, write_rows
 from src.intervals import paired_difference_interval
 from src.plotting import plot_certified_accuracy
+from src.records.rows import read_rows, write_rows
 from src.tables import format_table, summarise
 
 REFERENCE = Path("reference")

@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from src.certificates import read_rows
 from src.intervals import accuracy_interval
+from src.records.rows import read_rows
 from src.tables import format_table, percent
 
 RESULTS = Path("reference/results")

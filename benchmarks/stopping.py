@@ -12,10 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
-from src.certificates import read_rows
 from src.checkpoints import load_checkpoint
 from src.intervals import certified_accuracy
 from src.models import SmoothClassifier
+from src.records.rows import read_rows
 from src.tables import format_table
 from src.utils import load_mnist, subset
 

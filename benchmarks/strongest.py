@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 from benchmarks import autoattack
-from src.certificates import read_rows, write_rows
 from src.checkpoints import load_checkpoint
 from src.command_line import code_commit, count, run
+from src.records.rows import read_rows, write_rows
 from src.tables import format_table
 from src.utils import get_device, load_mnist, subset
 

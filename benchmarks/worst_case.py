@@ -15,11 +15,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from src.certificates import write_rows
 from src.checkpoints import load_checkpoint, weights_digest
 from src.command_line import code_commit, count, number, run
 from src.files import write_json
 from src.intervals import accuracy_interval
+from src.records.rows import write_rows
 from src.robustness import hits_by_stage
 from src.tables import format_table, percent
 from src.utils import get_device, load_mnist, subset

@@ -14,11 +14,11 @@ from typing import NoReturn
 
 import torch
 
-from src.certificates import drop_equal_copies, set_aside
 from src.distributed import is_main, process_group, processes, report_failure
 from src.files import check_target, check_writable, lock_file
 from src.folded import FLOATS
 from src.optimisation import OPTIMIZERS
+from src.records.rows import drop_equal_copies, set_aside
 from src.utils import get_device
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 from src.attack_evaluation import attack_evaluation, attack_rows
-from src.certificates import drop_equal_copies, read_rows, read_twin, set_aside, write_rows
 from src.challenge import broken_allowed, challenge_certificates
 from src.checklist import short_warnings, warning_lines
 from src.checkpoints import load_checkpoint
@@ -19,9 +18,10 @@ from src.plotting import (
     plot_gallery,
     plot_p_lower,
 )
-from src.redraw import certify_dataset
+from src.records.merge import merge
+from src.records.redraw import certify_dataset
+from src.records.rows import drop_equal_copies, read_rows, read_twin, set_aside, write_rows
 from src.robustness import radii_with
-from src.shards import merge
 from src.tables import (
     attack_comparison,
     certificate_lines,

@@ -10,7 +10,6 @@ from torch.utils.data import TensorDataset
 
 from src.attack_evaluation import attack_evaluation, attack_rows
 from src.attacks import gradient_attack, pgd_attack
-from src.certificates import write_rows
 from src.checklist import short_warnings, warning_lines
 from src.files import write_json
 from src.models import ABSTAIN, SmoothClassifier
@@ -21,7 +20,8 @@ from src.plotting import (
     plot_certified_accuracy,
     plot_gallery,
 )
-from src.redraw import certify_dataset
+from src.records.redraw import certify_dataset
+from src.records.rows import write_rows
 from src.robustness import RADII, accuracy_row
 from src.tables import attack_lines, certificate_lines, format_table, median_lines, percent
 from src.training_and_evaluation import accuracy

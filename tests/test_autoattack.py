@@ -9,9 +9,9 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import autoattack
 from src.attacks import gradient_attack, pgd_attack
-from src.certificates import read_rows
 from src.checkpoints import save_checkpoint
 from src.models import ConvNN
+from src.records.rows import read_rows
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from src.certificates import COLUMNS, TWO_SIDED, check_rows, read_rows, write_rows
+from src.records.rows import COLUMNS, TWO_SIDED, check_rows, read_rows, write_rows
 
 ROWS = [
     {"radius": 0.5, "correct": 1, "prediction": 3, "p_lower": 0.9},

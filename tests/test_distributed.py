@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from src.certificates import verify
 from src.checkpoints import save_checkpoint
 from src.models import ConvNN
+from src.records.rows import verify
 from src.training_and_evaluation import train_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +91,7 @@ def test_two_processes_leave_the_rows_of_one(alone, tmp_path, mnist_root):
 KILLER = """
 import os, signal, sys
 import main_compare
-from src import redraw
+from src.records import redraw
 from src.command_line import run
 
 rows = redraw.evaluate_robustness

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from src.certificates import read_rows, write_rows
 from src.minimal_epsilon import (
     CURVE_EPSILONS,
     GRID,
@@ -17,6 +16,7 @@ from src.minimal_epsilon import (
     epsilon_rows,
     smallest_epsilons,
 )
+from src.records.rows import read_rows, write_rows
 from src.robustness import attacks, multi_step_name
 from src.training_and_evaluation import correct
 from tests.helpers import MeanPixel, linear, shades

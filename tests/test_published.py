@@ -5,8 +5,8 @@ import csv
 import pytest
 
 from benchmarks import published
-from src.certificates import write_rows
 from src.plotting import plot_certified_accuracy
+from src.records.rows import write_rows
 
 # Three images: one certified far, one near, one wrong.
 RADII, CORRECT = (0.4, 0.1, 0.3), (1, 1, 0)

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from src.certificates import (
+from src.checkpoints import save_checkpoint
+from src.models import ConvNN, SmoothClassifier
+from src.records.redraw import certificate_settings, redraw
+from src.records.rows import (
     read_rows,
     read_twin,
     record_certificates,
@@ -12,9 +15,6 @@ from src.certificates import (
     write_rows,
     write_twin,
 )
-from src.checkpoints import save_checkpoint
-from src.models import ConvNN, SmoothClassifier
-from src.redraw import certificate_settings, redraw
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import load_mnist
 
@@ -63,7 +63,7 @@ def test_altered_counts_are_found(recorded, mnist_root, tmp_path, count):
 def test_another_form_may_differ_in_a_few_votes(
     recorded, mnist_root, tmp_path, monkeypatch, votes, told
 ):
-    monkeypatch.setattr("src.redraw.form_name", lambda network, precision: "other")
+    monkeypatch.setattr("src.records.redraw.form_name", lambda network, precision: "other")
     rows = read_rows(recorded / "rows.csv")
     rows[1]["top_count"] = str(int(rows[1]["top_count"]) + votes)
     write_rows(tmp_path / "rows.csv", rows)
@@ -76,7 +76,7 @@ def test_another_form_may_differ_in_a_few_votes(
 def test_other_test_images_are_named(recorded, mnist_root, monkeypatch):
     test = load_mnist("test", mnist_root)
     test.tensors[1][5] += 1
-    monkeypatch.setattr("src.redraw.load_mnist", lambda split, root: test)
+    monkeypatch.setattr("src.records.redraw.load_mnist", lambda split, root: test)
     (problem,) = redraw(recorded / "rows.csv", 1, recorded / "model.pt", mnist_root)
     assert "not those behind the rows" in problem
 

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from src.certificates import (
+from src.certification import (
+    certified_radius,
+    lower_confidence_bound,
+    two_sided_bounds,
+    two_sided_radius,
+)
+from src.records.merge import merge
+from src.records.rows import (
     COLUMNS,
     check_rows,
     indices_digest,
@@ -23,13 +30,6 @@ from src.certificates import (
     verify,
     write_twin,
 )
-from src.certification import (
-    certified_radius,
-    lower_confidence_bound,
-    two_sided_bounds,
-    two_sided_radius,
-)
-from src.shards import merge
 
 ROOT = Path(__file__).resolve().parent.parent
 INDICES = list(range(0, 400, 4))

@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks import robust_models
-from src.certificates import read_rows, write_rows
 from src.files import write_json
+from src.records.rows import read_rows, write_rows
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from src.certificates import read_rows, write_rows
 from src.intervals import accuracy_interval
+from src.records.rows import read_rows, write_rows
 from src.tables import (
     attack_lines,
     certificate_lines,

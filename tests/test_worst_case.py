@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import worst_case
-from src.certificates import read_rows
 from src.checkpoints import save_checkpoint, weights_digest
 from src.models import ConvNN
+from src.records.rows import read_rows
 from src.robustness import hits_by_stage
 from src.utils import load_mnist, subset
 

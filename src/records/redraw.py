@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import TensorDataset
 
-from src.certificates import is_same_draw, read_rows, read_twin, record_certificates
 from src.checkpoints import load_checkpoint, weights_digest
 from src.models import SmoothClassifier
 from src.native import form_name
+from src.records.rows import is_same_draw, read_rows, read_twin, record_certificates
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import get_device, load_mnist, subset
 

@@ -5,7 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from src.certificates import (
+from src.files import lock_file
+from src.records.rows import (
     checked_path,
     drop_equal_copies,
     indices_digest,
@@ -18,7 +19,6 @@ from src.certificates import (
     write_rows,
     write_twin,
 )
-from src.files import lock_file
 
 
 def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:

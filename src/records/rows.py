@@ -3,11 +3,11 @@
 A file of certificates, X.csv, grows by one line an image. Its twin, X.json, holds what made it
 and, once it is finished, digests of the rows and of itself. Check both with
 
-    python -m src.certificates verify X.csv [--redraw K --checkpoint MODEL.pt]
+    python -m src.records.rows verify X.csv [--redraw K --checkpoint MODEL.pt]
 
 and put the shards of a run on several machines together with
 
-    python -m src.certificates merge X.csv X.shard-*-of-8.csv
+    python -m src.records.rows merge X.csv X.shard-*-of-8.csv
 """
 
 import argparse
@@ -417,7 +417,7 @@ def _whole(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The commands `verify` and `merge`; exits with 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m src.certificates", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m src.records.rows", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("verify", allow_abbrev=False, help="check a file of certificates")
     verb.add_argument("path", help="the file, .csv")
@@ -430,14 +430,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.verb == "merge":
-            from src.shards import merge
+            from src.records.merge import merge
 
             print(f"{args.path}: {merge(args.path, args.shards)} rows, each image once")
             return
         problems = verify(args.path)
         if args.redraw:
             # Not at the top: everything else here works without torch.
-            from src.redraw import redraw
+            from src.records.redraw import redraw
 
             problems = problems or redraw(args.path, args.redraw, args.checkpoint, args.data)
     except (OSError, ValueError) as error:
