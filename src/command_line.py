@@ -15,10 +15,9 @@ from typing import NoReturn
 import torch
 
 from src.distributed import is_main, process_group, processes, report_failure
-from src.files import check_target, check_writable, lock_file
+from src.files import check_target, check_writable, drop_equal_copies, lock_file, set_aside
 from src.folded import FLOATS
 from src.optimisation import OPTIMIZERS
-from src.records.rows import drop_equal_copies, set_aside
 from src.utils import get_device
 
 

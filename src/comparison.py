@@ -10,7 +10,7 @@ from src.challenge import broken_allowed, challenge_certificates
 from src.checklist import short_warnings, warning_lines
 from src.checkpoints import load_checkpoint
 from src.distributed import is_main
-from src.files import write_json
+from src.files import drop_equal_copies, set_aside, write_json
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import (
     plot_accuracy_against_epsilon,
@@ -18,9 +18,10 @@ from src.plotting import (
     plot_gallery,
     plot_p_lower,
 )
+from src.records.certify import certify_dataset
 from src.records.merge import merge
-from src.records.redraw import certify_dataset
-from src.records.rows import drop_equal_copies, read_rows, read_twin, set_aside, write_rows
+from src.records.rows import read_rows, write_rows
+from src.records.twins import read_twin
 from src.robustness import radii_with
 from src.tables import (
     attack_comparison,

@@ -94,6 +94,30 @@ def check_target(path: str | os.PathLike) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror}); choose another.") from None
 
 
+def set_aside(path: Path) -> None:
+    """Rename earlier rows, if any, and their twin to the first free X.previous-K, and say so."""
+    if not path.exists() or path.read_bytes().count(b"\n") < 2:
+        return
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.previous-{number}.csv")).exists():
+        number += 1
+    twin = path.with_suffix(".json")
+    # The twin first: if the run dies here, the next one finds the rows and the same free number.
+    if twin.exists():
+        twin.replace(kept.with_suffix(".json"))
+    path.replace(kept)
+    print(f"Earlier rows are kept as {kept}")
+
+
+def drop_equal_copies(path: Path) -> None:
+    """Delete rows set aside that are the same as the new ones: the same command ran again."""
+    for kept in path.parent.glob(f"{path.stem}.previous-*.csv"):
+        if kept.read_bytes() == path.read_bytes():
+            # The rows last, by which the next run finds what is left.
+            kept.with_suffix(".json").unlink(missing_ok=True)
+            kept.unlink()
+
+
 @contextlib.contextmanager
 def lock_file(path: str | os.PathLike) -> Iterator[None]:
     """Hold the right to write `path`, by a lock on its neighbour ".path.lock".

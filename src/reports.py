@@ -20,7 +20,7 @@ from src.plotting import (
     plot_certified_accuracy,
     plot_gallery,
 )
-from src.records.redraw import certify_dataset
+from src.records.certify import certify_dataset
 from src.records.rows import write_rows
 from src.robustness import RADII, accuracy_row
 from src.tables import attack_lines, certificate_lines, format_table, median_lines, percent

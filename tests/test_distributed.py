@@ -91,10 +91,10 @@ def test_two_processes_leave_the_rows_of_one(alone, tmp_path, mnist_root):
 KILLER = """
 import os, signal, sys
 import main_compare
-from src.records import redraw
+from src.records import certify
 from src.command_line import run
 
-rows = redraw.evaluate_robustness
+rows = certify.evaluate_robustness
 models = []
 
 def evaluate(*args, **options):
@@ -105,7 +105,7 @@ def evaluate(*args, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         yield row
 
-redraw.evaluate_robustness = evaluate
+certify.evaluate_robustness = evaluate
 run(lambda: main_compare.main(sys.argv[1:]))
 """
 

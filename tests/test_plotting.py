@@ -251,7 +251,7 @@ def test_gallery_shows_the_digits_with_their_captions(drawn):
 
 def test_rows_and_figures_need_no_torch():
     # The pages of results are drawn on machines without it.
-    code = "import sys, src.plotting, src.certification, src.records.rows, src.tables\n"
+    code = "import sys, src.plotting, src.certification, src.records, src.tables\n"
     code += "assert 'matplotlib.pyplot' not in sys.modules, 'global state'\n"
     code += "sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent

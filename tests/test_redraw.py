@@ -6,15 +6,11 @@ from torch import nn
 
 from src.checkpoints import save_checkpoint
 from src.models import ConvNN, SmoothClassifier
-from src.records.redraw import certificate_settings, redraw
-from src.records.rows import (
-    read_rows,
-    read_twin,
-    record_certificates,
-    verify,
-    write_rows,
-    write_twin,
-)
+from src.records.certify import certificate_settings
+from src.records.recording import record_certificates
+from src.records.redraw import redraw
+from src.records.rows import read_rows, verify, write_rows
+from src.records.twins import read_twin, write_twin
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import load_mnist
 

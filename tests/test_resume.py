@@ -19,17 +19,11 @@ from src.certification import (
     two_sided_bounds,
     two_sided_radius,
 )
+from src.records.__main__ import main
 from src.records.merge import merge
-from src.records.rows import (
-    COLUMNS,
-    check_rows,
-    indices_digest,
-    main,
-    read_twin,
-    record_certificates,
-    verify,
-    write_twin,
-)
+from src.records.recording import record_certificates
+from src.records.rows import COLUMNS, check_rows, verify
+from src.records.twins import indices_digest, read_twin, write_twin
 
 ROOT = Path(__file__).resolve().parent.parent
 INDICES = list(range(0, 400, 4))

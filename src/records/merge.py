@@ -5,20 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from src.files import lock_file
-from src.records.rows import (
-    checked_path,
-    drop_equal_copies,
-    indices_digest,
-    read_exactly,
-    read_rows,
-    read_twin,
-    set_aside,
-    text_digest,
-    verify,
-    write_rows,
-    write_twin,
-)
+from src.files import drop_equal_copies, lock_file, set_aside
+from src.records.rows import checked_path, read_rows, verify, write_rows
+from src.records.twins import indices_digest, read_exactly, read_twin, text_digest, write_twin
 
 
 def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:

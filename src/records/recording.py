@@ -1,0 +1,190 @@
+"""Certificates written row by row: signed as they come, and taken up after an interruption."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from src.files import drop_equal_copies, lock_file, set_aside
+from src.records.rows import (
+    NUM_CLASSES,
+    check_rows,
+    checked_path,
+    columns_of,
+    csv_text,
+    read_rows,
+    rows_of,
+)
+from src.records.twins import indices_digest, read_exactly, read_twin, text_digest, write_twin
+
+
+def record_certificates(
+    path: str | os.PathLike,
+    indices: Sequence[int],
+    certify: Callable[[Sequence[int]], Iterable[Mapping]],
+    settings: Mapping,
+    facts: Mapping,
+    *,
+    labels: Sequence[int] | None = None,
+    resume: bool = False,
+) -> list[dict[str, str]]:
+    """Certify images one by one; each row is on disk, and signed, as soon as it is finished.
+
+    A run that is killed at any moment can be taken up with `resume`; its finished file is then
+    byte for byte that of a run that was not. Without `resume`, rows that are already there are
+    set aside under another name.
+
+    Nothing on disk is signed anew: rows that are taken over must match the digest in the twin and
+    the labels, and the one with the fewest votes is drawn again and must come out the same.
+
+    Args:
+        path: the CSV file; its twin has the ending .json.
+        indices: numbers of the images in the order of the rows.
+        certify: indices that are left -> rows with the keys `COLUMNS`, one at a time; those of
+            `TWO_SIDED` as well if the settings have "two_sided": True.
+        settings: what the rows depend on (digests of model and data, sigma, n0, n, alpha, seed,
+            ...), JSON values; a run is only resumed with equal ones.
+        facts: what else is worth knowing of the run, JSON values; those of a run that goes on with
+            unfinished rows are added to the twin under "resumed".
+        labels: classes of the images, as `indices`; with them those on disk are checked.
+        resume: go on with the rows that are there.
+
+    Returns:
+        All rows, as `read_rows` gives them.
+
+    Raises:
+        ValueError: if there is another run behind the rows, they were altered or are damaged, or
+            `certify` gives other images than it was asked for.
+        OSError: if the file cannot be written or another process is writing it.
+    """
+    path = checked_path(path)
+    twin = path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps({**settings, "indices": indices_digest(indices)}))
+    with lock_file(path):
+        taken = _taken_over(path, settings, indices, labels, certify) if resume else []
+        left = indices[len(taken) :]
+        # Before anything on disk changes, so that bad arguments are refused in time.
+        rows = certify(left) if left else ()
+        if not taken:
+            set_aside(path)
+            write_twin(
+                twin, {"settings": settings, "facts": dict(facts), "finished": False, "rows": 0}
+            )
+            path.write_bytes(csv_text([columns_of(settings)]).encode())
+        elif left:
+            content = read_twin(twin)
+            content["resumed"] = [*content.get("resumed", []), dict(facts)]
+            write_twin(twin, content)
+        if left:
+            _append(path, rows, left, columns_of(settings))
+            drop_equal_copies(path)
+    return read_rows(path)
+
+
+def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int], columns) -> None:
+    """Write `rows` of the images `left` after those on disk, and sign all after each of them."""
+    twin = path.with_suffix(".json")
+    content, before = read_twin(twin), read_exactly(path)
+    signed, digest = content.get("rows", 0), hashlib.sha256(before.encode())
+    done = before.count("\n") - 1
+    with path.open("a", newline="") as stream:
+        for row, index in itertools.zip_longest(rows, left):
+            if row is None or row["index"] != index:
+                given = "no more rows" if row is None else f"image {row['index']}"
+                wanted = "no more images" if index is None else f"image {index}"
+                raise ValueError(f"'certify' gave {given} where {wanted} was asked for.")
+            line = csv_text([[row[column] for column in columns]])
+            stream.write(line)
+            stream.flush()
+            digest.update(line.encode())
+            done += 1
+            # Rows that were signed before and then cut off have to come out as they were.
+            if done == signed and digest.hexdigest() != content["rows_sha256"]:
+                raise ValueError(f"{path} was altered: its rows do not match the digest in {twin}.")
+            if done > signed:
+                content |= {"rows": done, "rows_sha256": digest.hexdigest()}
+                write_twin(twin, content, durable=False)
+        os.fsync(stream.fileno())
+    write_twin(twin, content | {"finished": True})
+
+
+def _taken_over(path: Path, settings: Mapping, indices, labels, certify) -> list[dict[str, str]]:
+    """The rows that an interrupted run has left; what it had not signed is cut off."""
+    twin = path.with_suffix(".json")
+    if not path.exists():
+        return []
+    if not twin.exists():
+        raise ValueError(f"{path} cannot be resumed: its twin {twin} is missing.")
+    content = read_twin(twin)
+    _check_same_run(path, content["settings"], settings)
+    # Without the last one, which is empty, or torn.
+    lines = [line + "\n" for line in read_exactly(path).split("\n")[:-1]]
+    # Runs of older releases signed their rows at the end only.
+    signed = content.get("rows", len(indices)) if content["finished"] else content.get("rows")
+    if not content["finished"] and signed is not None:
+        lines = lines[: signed + 1]
+    text = "".join(lines)
+    rows = rows_of(text, path)
+    problems = check_rows(rows, text, columns_of(settings), settings) if text else []
+    problems += _misplaced(rows, indices, labels)
+    if len(rows) > len(indices):
+        problems.append("it has more rows than there are images")
+    if problems:
+        raise ValueError(f"{path} is damaged and cannot be resumed: {problems[0]}.")
+    if rows and len(rows) == signed and content["rows_sha256"] != text_digest(text):
+        raise ValueError(f"{path} was altered: its rows do not match the digest in {twin}.")
+    if rows and not (content["finished"] and len(rows) == signed):
+        # The closest vote: another network or other noise changes it first.
+        closest = min(rows, key=lambda row: int(row["top_count"]))
+        (again,) = certify([int(closest["index"])])
+        if not is_same_draw(closest, again):
+            number = closest["index"]
+            raise ValueError(
+                f"{path} cannot be resumed: image {number} drawn again is another row."
+            )
+    if len(text.encode()) < path.stat().st_size:
+        os.truncate(path, len(text.encode()))
+    return rows
+
+
+def _check_same_run(path: Path, made: Mapping, settings: Mapping) -> None:
+    """Raise ValueError unless the rows were made with these settings; it says which differ."""
+    # Older twins do not say the number of classes.
+    made, settings = ({"num_classes": NUM_CLASSES} | dict(given) for given in (made, settings))
+    different = sorted(k for k in made.keys() | settings.keys() if made.get(k) != settings.get(k))
+    if different:
+        was = ", ".join(f"{key} was {made.get(key)}, is {settings.get(key)}" for key in different)
+        raise ValueError(f"{path} cannot be resumed, since this run differs: {was}.")
+
+
+def _misplaced(rows: Sequence[Mapping], indices, labels) -> list[str]:
+    """Which rows are not of the image that is due, or have another label than the data set."""
+    problems = []
+    for number, (row, index) in enumerate(zip(rows, indices, strict=False)):
+        if row.get("index") != str(index):
+            problems.append(
+                f"line {number + 2}: index {row.get('index')} where {index} is expected"
+            )
+        elif labels is not None and row.get("label") != str(int(labels[number])):
+            problems.append(f"line {number + 2}: the data set has another label")
+    return problems
+
+
+# What a draw decides; bounds and radii follow from these, which `check_rows` checks.
+_DRAWN = ("top_count", "rival_count")
+
+
+def is_same_draw(row: Mapping[str, str], again: Mapping, votes: int = 0) -> bool:
+    """Whether a row drawn again has the same label and, up to `votes`, the same counts.
+
+    The prediction and whether it is right may differ only where counts may.
+    """
+    same = [key for key in ("index", "label") if str(again.get(key)) != str(row.get(key))]
+    if votes == 0:
+        keys = ("prediction", "correct", *_DRAWN)
+        return not same and all(str(again.get(key)) == str(row.get(key)) for key in keys)
+    counts = [(int(again[key]), int(row[key])) for key in _DRAWN if key in row]
+    return not same and all(abs(one - other) <= votes for one, other in counts)

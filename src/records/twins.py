@@ -1,0 +1,55 @@
+"""The twin of a file of rows: what made the rows, signed with digests (JSON)."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from src.files import whole_file
+
+
+def indices_digest(indices: Iterable[int]) -> str:
+    """SHA-256 of the numbers of the images in their order."""
+    return text_digest(repr([int(index) for index in indices]))
+
+
+def read_exactly(path: Path) -> str:
+    """The text of a file without any translation of line ends; ValueError if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {path}.") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged: it is not text.") from None
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_twin(twin: Path, content: dict, *, durable: bool = True) -> None:
+    """Write the twin with a digest over all of its other entries; `durable` as of `whole_file`."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    content["sha256"] = text_digest(json.dumps(content, sort_keys=True))
+    with whole_file(twin, durable=durable) as temporary:
+        temporary.write_bytes((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_twin(twin: Path) -> dict:
+    """The content of a twin; ValueError if it was changed or lacks an entry."""
+    text = read_exactly(twin)
+    try:
+        content = json.loads(text)
+        digest = content.pop("sha256")
+        settings, facts, finished = (content[key] for key in ("settings", "facts", "finished"))
+        right = isinstance(settings, dict) and isinstance(facts, dict | list)
+        right = right and isinstance(finished, bool)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        right = False
+    if not right:
+        raise ValueError(f"{twin} is not the twin of a file of certificates.")
+    unchanged = json.dumps(content | {"sha256": digest}, indent=1, sort_keys=True) + "\n" == text
+    if digest != text_digest(json.dumps(content, sort_keys=True)) or not unchanged:
+        raise ValueError(f"{twin} was changed: it does not match its own digest.")
+    return content
