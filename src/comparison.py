@@ -19,7 +19,7 @@ from src.plotting import (
     plot_p_lower,
 )
 from src.records.certify import certify_dataset
-from src.records.merge import merge
+from src.records.merging import merge
 from src.records.rows import read_rows, write_rows
 from src.records.twins import read_twin
 from src.robustness import radii_with

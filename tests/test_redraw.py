@@ -8,7 +8,7 @@ from src.checkpoints import save_checkpoint
 from src.models import ConvNN, SmoothClassifier
 from src.records.certify import certificate_settings
 from src.records.recording import record_certificates
-from src.records.redraw import redraw
+from src.records.redrawing import redraw
 from src.records.rows import read_rows, verify, write_rows
 from src.records.twins import read_twin, write_twin
 from src.training_and_evaluation import evaluate_robustness
@@ -59,7 +59,7 @@ def test_altered_counts_are_found(recorded, mnist_root, tmp_path, count):
 def test_another_form_may_differ_in_a_few_votes(
     recorded, mnist_root, tmp_path, monkeypatch, votes, told
 ):
-    monkeypatch.setattr("src.records.redraw.form_name", lambda network, precision: "other")
+    monkeypatch.setattr("src.records.redrawing.form_name", lambda network, precision: "other")
     rows = read_rows(recorded / "rows.csv")
     rows[1]["top_count"] = str(int(rows[1]["top_count"]) + votes)
     write_rows(tmp_path / "rows.csv", rows)
@@ -72,7 +72,7 @@ def test_another_form_may_differ_in_a_few_votes(
 def test_other_test_images_are_named(recorded, mnist_root, monkeypatch):
     test = load_mnist("test", mnist_root)
     test.tensors[1][5] += 1
-    monkeypatch.setattr("src.records.redraw.load_mnist", lambda split, root: test)
+    monkeypatch.setattr("src.records.redrawing.load_mnist", lambda split, root: test)
     (problem,) = redraw(recorded / "rows.csv", 1, recorded / "model.pt", mnist_root)
     assert "not those behind the rows" in problem
 

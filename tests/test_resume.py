@@ -20,7 +20,7 @@ from src.certification import (
     two_sided_radius,
 )
 from src.records.__main__ import main
-from src.records.merge import merge
+from src.records.merging import merge
 from src.records.recording import record_certificates
 from src.records.rows import COLUMNS, check_rows, verify
 from src.records.twins import indices_digest, read_twin, write_twin

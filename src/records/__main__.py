@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from src.records.merge import merge
+from src.records.merging import merge
 from src.records.rows import read_rows, verify
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = verify(args.path)
         if args.redraw:
             # Not at the top: everything else here works without torch.
-            from src.records.redraw import redraw
+            from src.records.redrawing import redraw
 
             problems = problems or redraw(args.path, args.redraw, args.checkpoint, args.data)
     except (OSError, ValueError) as error:
