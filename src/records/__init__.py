@@ -1,9 +1,20 @@
 """Certificates on disk: written, resumed, verified, merged and drawn again."""
 
-from src.records.certify import certify_dataset
 from src.records.merging import merge
 from src.records.recording import record_certificates
-from src.records.redrawing import redraw
 from src.records.rows import read_rows, verify
 
 __all__ = ["certify_dataset", "merge", "read_rows", "record_certificates", "redraw", "verify"]
+
+
+def __getattr__(name: str):
+    # Only these need torch: rows can be read, verified, merged and drawn without it.
+    if name == "certify_dataset":
+        from src.records.certify import certify_dataset
+
+        return certify_dataset
+    if name == "redraw":
+        from src.records.redrawing import redraw
+
+        return redraw
+    raise AttributeError(f"src.records has no {name!r}.")
