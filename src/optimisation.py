@@ -109,11 +109,11 @@ def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tens
     padded = F.pad(images, (shift,) * 4)
     height, width = images.shape[2:]
     offsets = torch.randint(0, 2 * shift + 1, (2, len(images), 1, 1), generator=generator)
-    rows = offsets[0] + torch.arange(height)[:, None]
-    columns = offsets[1] + torch.arange(width)[None, :]
-    each = torch.arange(len(images))[:, None, None]
-    each, rows, columns = (_sent(index, images) for index in (each, rows, columns))
-    return padded[each, 0, rows, columns][:, None]
+    rows = offsets[0][:, None] + torch.arange(height)[:, None]
+    columns = offsets[1][:, None] + torch.arange(width)
+    each = torch.arange(len(images))[:, None, None, None]
+    channels = torch.arange(images.shape[1])[:, None, None]
+    return padded[tuple(_sent(index, images) for index in (each, channels, rows, columns))]
 
 
 def _sent(values: Tensor, images: Tensor) -> Tensor:
