@@ -71,6 +71,11 @@ def _optimizers(model, updates, learning_rate, weight_decay, precision, optimize
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1][1:-1]
     inner = matrices if optimizer == "muon" else []
+    if optimizer == "muon" and not inner:
+        raise ValueError(
+            "'optimizer' = 'muon' takes the weight matrices and kernels between the first and the "
+            "last, and 'model' has none there; use 'adamw'."
+        )
     others = [weight for weight in weights if all(weight is not one for one in inner)]
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay)]
     if inner:
