@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src import distributed
+from src.checks import predicted
 from src.cuda_graph import Recorded
 from src.muon import Muon
 
@@ -41,7 +42,7 @@ def updater(
             value, logits = loss(model, images, labels)
         model.zero_grad(set_to_none=True)
         value.backward()
-        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
+        hits = (predicted(logits.detach()) == labels).float().mean()
         return torch.stack([value.detach(), hits])
 
     # Beside the processes of torchrun, whose exchanges go on in the background, it is untried.

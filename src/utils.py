@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
+from src.checks import check_tensors
 from src.distributed import processes
 from src.mnist_files import read_mnist
 
@@ -67,8 +68,10 @@ def subset(dataset: TensorDataset, indices: Sequence[int] | torch.Tensor) -> Ten
     """The examples with the given numbers, in that order, as tensors in memory.
 
     Raises:
-        ValueError: if `indices` are not whole numbers from 0 to len(dataset) - 1.
+        ValueError: if `indices` are not whole numbers from 0 to len(dataset) - 1, and for a data
+            set that is no TensorDataset.
     """
+    check_tensors(dataset)
     given = torch.as_tensor(indices)
     numbers = given.to(torch.int64)
     # A mask would become the numbers 0 and 1.
