@@ -57,7 +57,8 @@ def smoothed_attack(
     check_images(images)
     check_labels(classes, len(images), name="classes")
     check_classes(classes, smooth.num_classes)
-    if radii.shape != (len(images),) or not bool(((radii >= 0) & radii.isfinite()).all()):
+    numbers = isinstance(radii, Tensor) and radii.shape == (len(images),)
+    if not (numbers and bool(((radii >= 0) & radii.isfinite()).all())):
         raise ValueError("'radii' must hold one finite number of at least 0 for each image.")
     check_count("steps", steps)
     check_count("draws", draws)
@@ -116,6 +117,7 @@ def challenge_certificates(
         ValueError: for an argument out of its range.
     """
     check_count("images", images)
+    check_count("restarts", restarts)
     check_number("stretch", stretch, positive=True)
     certified = sorted((r for r in rows if int(r["prediction"]) != ABSTAIN), key=_radius)
     certified = certified[:: max(len(certified) // images, 1)][:images]

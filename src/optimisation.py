@@ -40,6 +40,8 @@ def updater(
         loss = loss_schedule(progress)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             value, logits = loss(model, images, labels)
+        if not value.requires_grad:
+            raise ValueError("'loss' has no gradient by the weights of 'model'; nothing is learnt.")
         model.zero_grad(set_to_none=True)
         value.backward()
         hits = (predicted(logits.detach()) == labels).float().mean()

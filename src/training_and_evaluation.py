@@ -129,7 +129,8 @@ def train_model(
         figures of `watch`. `best_epoch`: the number of the epoch the model ends with.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError: for an argument out of its range, for a model whose logits do not fit the
+            labels, and for one that has no weights to train (none for Muon, with "muon").
         RuntimeError: if the loss is no longer finite.
     """
     _check_training(model, dataset, epochs, batch_size, learning_rate, weight_decay, averaging)

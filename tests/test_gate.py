@@ -180,16 +180,30 @@ def test_rows_and_watch_are_refused_before_any_work_and_other_images_do_not_matt
 
 
 def test_training_is_refused_before_it_starts_and_draws_nothing_for_the_check():
-    model, before = Changed(lambda logits: logits + torch.randn_like(logits)), None
+    model = Changed(lambda logits: logits + torch.randn_like(logits))
     images, labels = random_batch(4)
     before = snapshot(model)
     with pytest.raises(ValueError, match="'labels'"):
         train_model(model, TensorDataset(images, labels + 10), epochs=1, progress=False)
     assert equal(before, snapshot(model))
+    cut = Changed(lambda logits: logits.detach())
+    with pytest.raises(ValueError, match="'loss' has no gradient"):
+        train_model(cut, TensorDataset(images, labels), epochs=1, progress=False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="no weights"):
         train_model(model, TensorDataset(images, labels), epochs=1, progress=False)
+
+
+def test_a_challenge_that_would_try_nothing_is_refused():
+    model, (images, labels) = smooth(linear(side=28, classes=10)), data().tensors
+    for radii in (torch.ones(5), -torch.ones(6), torch.full((6,), torch.nan), [1.0] * 6):
+        with pytest.raises(ValueError, match="'radii'"):
+            smoothed_attack(model, images, labels, radii)
+    with pytest.raises(ValueError, match="'classes'"):
+        smoothed_attack(model, images, labels - 10, torch.ones(6))
+    with pytest.raises(ValueError, match="'restarts'"):
+        challenge_certificates(model, data(), rows(labels), images=2, restarts=0)
 
 
 def test_nan_is_no_class_and_infinity_a_number():
