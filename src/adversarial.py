@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack, random_start_attack
+from src.checks import check_ball, check_count, check_dataset
 from src.training_and_evaluation import Loss, accuracy, adversarial_loss
 
 
@@ -77,7 +78,14 @@ def ramped_adversarial_loss(
 def held_out_watch(
     dataset: TensorDataset, epsilon: float, norm: str, *, steps: int = 20
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A `watch` for `train_model`: accuracy `clean`, under `single_step` and under `pgd`."""
+    """A `watch` for `train_model`: accuracy `clean`, under `single_step` and under `pgd`.
+
+    Raises:
+        ValueError: for an argument out of its range, before anything is trained.
+    """
+    check_dataset(dataset, empty=False)
+    check_ball(epsilon, norm)
+    check_count("steps", steps)
 
     def watch(model: nn.Module) -> dict[str, float]:
         return {

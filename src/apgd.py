@@ -13,12 +13,15 @@ from src.attacks import (
     Worst,
     checked,
     direction,
+    gradient_of,
+    known,
     logits_of,
     margin,
     projection,
     random_in_ball,
+    with_gradients,
 )
-from src.checks import check_count
+from src.checks import check_count, predicted
 from src.convnn import evaluation_form
 
 MOMENTUM = 0.75
@@ -26,6 +29,7 @@ MOMENTUM = 0.75
 RISING = 0.75
 
 
+@with_gradients()
 def apgd_attack(
     model: nn.Module,
     images: Tensor,
@@ -70,7 +74,7 @@ def apgd_attack(
     if epsilon == 0 or not len(images):
         return images.clone()
     project = projection(images, epsilon, norm, clip)
-    with torch.inference_mode(False), evaluation_form(model) as network:
+    with evaluation_form(model) as network:
         space = Space(
             network,
             images,
@@ -116,7 +120,7 @@ def search(space, labels, steps, restarts, loss, targets, generator) -> Worst:
         logits = logits_of(space.network, space.origin, labels)
     if loss == "dlr" and logits.shape[1] < (4 if targets else 3):
         raise ValueError("'loss' = 'dlr' needs a third class, and a fourth for 'targets'.")
-    worst.keep(space.origin, slice(None), margin(logits, labels), logits.argmax(dim=1) != labels)
+    worst.keep(space.origin, slice(None), margin(logits, labels), predicted(logits) != labels)
     others = logits.scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
     targets = min(targets, logits.shape[1] - 1)
     for restart in range(restarts):
@@ -199,14 +203,13 @@ def _look(network, worst: Worst, labels, loss, target, points, chosen):
     # Autograd keeps the labels, and refuses those that were made in inference mode.
     labels = labels[chosen].clone()
     with torch.enable_grad():
-        logits = network(points)
+        logits = logits_of(network, points, labels)
         value = LOSSES[loss](logits, labels, None if target is None else target[chosen].clone())
-    # autograd.grad and not backward: the gradients of the parameters stay as they are.
-    (gradient,) = torch.autograd.grad(value.sum(), points)
+    gradient = gradient_of(value, points)
     points, logits = points.detach(), logits.detach()
-    fallen = logits.argmax(dim=1) != labels
+    fallen = predicted(logits) != labels
     worst.keep(points, chosen, margin(logits, labels), fallen)
-    return value.detach(), gradient, fallen
+    return known(value.detach()), gradient, fallen
 
 
 def _cross_entropy(logits, labels, target):

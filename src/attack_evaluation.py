@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from src.attacks import with_gradients
 from src.checklist import evaluation_warnings
 from src.minimal_epsilon import epsilon_curves, epsilon_rows
 from src.robustness import RADII, attack_hits, table_rows
 from src.utils import subset
 
 
+@with_gradients()
 def attack_evaluation(
     model: nn.Module,
     test: TensorDataset,

@@ -5,7 +5,10 @@ was: modes, batch-normalisation statistics, `.grad` of every parameter. The mode
 evaluation mode. Results lie in the ball and in `clip` as stored, not only up to rounding.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +18,34 @@ from torch.utils.data import TensorDataset
 from src.checks import (
     check_ball,
     check_count,
+    check_dataset,
     check_images,
     check_labels,
     check_number,
+    checked_logits,
+    predicted,
 )
 from src.convnn import evaluation_form
 
 LOSSES = ("cross_entropy", "margin")
+# What has been warned of in the outermost block `with_gradients`; None outside of one.
+_told: ContextVar[list | None] = ContextVar("told", default=None)
 
 
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """Gradients are on, whatever the caller has switched off, and missing ones warned of once."""
+    outermost = _told.set([]) if _told.get() is None else None
+    try:
+        # It undoes no_grad as well.
+        with torch.inference_mode(False):
+            yield
+    finally:
+        if outermost:
+            _told.reset(outermost)
+
+
+@with_gradients()
 def gradient_attack(
     model: nn.Module,
     images: Tensor,
@@ -54,12 +76,13 @@ def gradient_attack(
     images = checked(images, labels, epsilon, norm, clip)
     if epsilon == 0 or not len(images):
         return images.clone()
-    with torch.inference_mode(False), evaluation_form(model) as network:
+    with evaluation_form(model) as network:
         _, _, gradient = _value_and_gradient(network, images, labels, "cross_entropy", targeted)
     project = projection(images, epsilon, norm, clip)
     return project(images + epsilon * direction(gradient, norm))
 
 
+@with_gradients()
 def pgd_attack(
     model: nn.Module,
     images: Tensor,
@@ -116,7 +139,7 @@ def pgd_attack(
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
     starts = generator or torch.Generator().manual_seed(0)
     project = projection(images, epsilon, norm, clip)
-    with torch.inference_mode(False), evaluation_form(model) as network:
+    with evaluation_form(model) as network:
         worst = Worst(network, images, labels, loss, targeted)
         gradient = worst.visit(images)
         single_step = project(images + epsilon * direction(gradient, norm))
@@ -140,6 +163,7 @@ def pgd_attack(
     return worst.points
 
 
+@with_gradients()
 def random_start_attack(
     model: nn.Module,
     images: Tensor,
@@ -165,11 +189,12 @@ def random_start_attack(
     project = projection(images, epsilon, norm, clip)
     generator = generator or torch.Generator().manual_seed(0)
     points = project(images + random_in_ball(images, epsilon, norm, generator))
-    with torch.inference_mode(False), evaluation_form(model) as network:
+    with evaluation_form(model) as network:
         _, _, gradient = _value_and_gradient(network, points, labels, "cross_entropy", False)
     return project(points + step_size * direction(gradient, norm))
 
 
+@with_gradients()
 def attack_dataset(
     model: nn.Module,
     dataset: TensorDataset,
@@ -191,12 +216,32 @@ def attack_dataset(
         TensorDataset of the attacked images and the same labels, on the CPU.
     """
     check_count("batch_size", batch_size)
+    check_dataset(dataset)
     device = device or next(model.parameters(), dataset.tensors[0]).device
-    attacked = [
-        attack(model, images.to(device), labels.to(device)).cpu()
+    batches = [
+        attacked_batch(attack, model, images.to(device), labels.to(device)).cpu()
         for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True)
     ]
-    return TensorDataset(torch.cat(attacked), dataset.tensors[1].clone())
+    return TensorDataset(torch.cat(batches), dataset.tensors[1].clone())
+
+
+def attacked_batch(attack: Callable, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """What `attack` makes of copies of a batch, detached.
+
+    Raises:
+        ValueError: unless it returns images in [0, 1] of the same shape and dtype.
+    """
+    found = attack(model, images.clone(), labels.clone())
+    given, wanted = (
+        f"a tensor {tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        for x in (found, images)
+    )
+    if given != wanted:
+        raise ValueError(f"'attack' returned {given}; expected the attacked images, {wanted}.")
+    # A NaN fails both comparisons.
+    if not bool(((found >= 0) & (found <= 1)).all()):
+        raise ValueError("'attack' returned pixels outside [0, 1] or NaN; clamp them to [0, 1].")
+    return found.detach().to(images.device)
 
 
 class Worst:
@@ -204,9 +249,11 @@ class Worst:
 
     def __init__(self, network, images, labels, loss, targeted):
         self.network, self.labels, self.how = network, labels, (loss, targeted)
-        self.points = images.clone()
-        self.value = images.new_full((len(images),), -torch.inf)
-        self.success = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        # Not of inference mode: in one of its blocks or not, they are written to later on.
+        with torch.inference_mode(False):
+            self.points = images.clone()
+            self.value = images.new_full((len(images),), -torch.inf)
+            self.success = torch.zeros(len(images), dtype=torch.bool, device=images.device)
 
     def standing(self, chosen=slice(None)) -> Tensor:
         """Positions among the `chosen` images of those that are not misclassified yet."""
@@ -225,6 +272,7 @@ class Worst:
     def keep(self, points: Tensor, chosen, value: Tensor, success: Tensor) -> None:
         """Keep `points`, of the `chosen` images, where they beat the worst so far."""
         before, highest = self.success[chosen], self.value[chosen]
+        value = known(value)
         better = (success & ~before) | ((success == before) & (value > highest))
         self.points[chosen] = torch.where(better[:, None, None, None], points, self.points[chosen])
         self.value[chosen] = torch.where(better, value, highest)
@@ -243,21 +291,50 @@ def _value_and_gradient(network, points, labels, loss, targeted, want_gradient=T
         else:
             value = margin(logits, labels)
         value = -value if targeted else value
-    # autograd.grad and not backward: the gradients of the parameters stay as they are.
-    gradient = torch.autograd.grad(value.sum(), points)[0] if want_gradient else None
-    hit = logits.argmax(dim=1) == labels
+    gradient = gradient_of(value, points) if want_gradient else None
+    hit = predicted(logits) == labels
     return value.detach(), hit if targeted else ~hit, gradient
+
+
+def gradient_of(value: Tensor, points: Tensor) -> Tensor:
+    """Gradient of the sum of `value` by `points`; zero, and warned of, if there is none."""
+    gradient, reason = None, "its logits are cut off from them"
+    if value.requires_grad:
+        try:
+            # autograd.grad and not backward: the gradients of the parameters stay as they are.
+            (gradient,) = torch.autograd.grad(value.sum(), points, allow_unused=True)
+        except RuntimeError as error:
+            if "implement" not in str(error):
+                raise
+            reason = str(error)
+    if gradient is not None:
+        return gradient
+    told = _told.get()
+    if not told:
+        warnings.warn(
+            f"'model' has no gradient by the images ({reason}): it is taken for zero, so count "
+            "attacks without gradients too, such as square_attack.",
+            stacklevel=2,
+        )
+    if told is not None:
+        told.append(reason)
+    return torch.zeros_like(points)
 
 
 def logits_of(network, points: Tensor, labels: Tensor) -> Tensor:
     """Logits (B, classes), which must have all the classes of `labels`."""
-    logits = network(points)
-    if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"'labels' has the class {int(labels.max())}, but the model has "
-            f"{logits.shape[1]} classes."
-        )
-    return logits
+    return checked_logits(network(points), len(points), labels)
+
+
+@torch.no_grad()
+def right(network, points: Tensor, labels: Tensor) -> Tensor:
+    """Whether each point is classified correctly, bool (B,)."""
+    return predicted(logits_of(network, points, labels)) == labels
+
+
+def known(value: Tensor) -> Tensor:
+    """`value` with -inf for NaN, which every later value beats."""
+    return value.masked_fill(value.isnan(), -torch.inf)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

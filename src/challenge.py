@@ -3,17 +3,27 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from src.checks import check_count, check_number
+from src.attacks import direction, gradient_of, with_gradients
+from src.checks import (
+    check_classes,
+    check_count,
+    check_dataset,
+    check_images,
+    check_labels,
+    check_number,
+)
 from src.convnn import evaluation_form
 from src.models import ABSTAIN, SmoothClassifier
+from src.smoothing import mean_log_softmax
+from src.utils import subset
 
 
+@with_gradients()
 def smoothed_attack(
     smooth: SmoothClassifier,
     images: Tensor,
@@ -44,6 +54,12 @@ def smoothed_attack(
     Raises:
         ValueError: for an argument out of its range.
     """
+    check_images(images)
+    check_labels(classes, len(images), name="classes")
+    check_classes(classes, smooth.num_classes)
+    numbers = isinstance(radii, Tensor) and radii.shape == (len(images),)
+    if not (numbers and bool(((radii >= 0) & radii.isfinite()).all())):
+        raise ValueError("'radii' must hold one finite number of at least 0 for each image.")
     check_count("steps", steps)
     check_count("draws", draws)
     generator = generator or torch.Generator().manual_seed(0)
@@ -54,12 +70,9 @@ def smoothed_attack(
     with evaluation_form(smooth.base_classifier) as base:
         for _ in range(steps):
             points = points.detach().requires_grad_()
-            logits = base((points + noise).flatten(0, 1)).unflatten(0, (draws, -1))
-            mean_log = F.log_softmax(logits, dim=2).logsumexp(dim=0)
-            own = mean_log.gather(1, classes[:, None])
-            (gradient,) = torch.autograd.grad(own.sum(), points)
-            length = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
-            step = 2.5 / steps * radii * gradient / length
+            # A copy: autograd refuses classes that were made in inference mode.
+            own = mean_log_softmax(base, points, noise).gather(1, classes[:, None].clone())
+            step = 2.5 / steps * radii * direction(gradient_of(own, points), "l2")
             points = _within(images, points.detach() - step, radii)
     return points
 
@@ -71,6 +84,7 @@ def _within(images: Tensor, points: Tensor, radii: Tensor) -> Tensor:
     return (images + change * (radii / length).clamp(max=1)).clamp(0, 1)
 
 
+@with_gradients()
 def challenge_certificates(
     smooth: SmoothClassifier,
     dataset: TensorDataset,
@@ -103,9 +117,13 @@ def challenge_certificates(
         ValueError: for an argument out of its range.
     """
     check_count("images", images)
+    check_count("restarts", restarts)
     check_number("stretch", stretch, positive=True)
     certified = sorted((r for r in rows if int(r["prediction"]) != ABSTAIN), key=_radius)
     certified = certified[:: max(len(certified) // images, 1)][:images]
+    chosen = subset(dataset, [int(row["index"]) for row in certified])
+    check_dataset(chosen)
+    check_classes(chosen.tensors[1], smooth.num_classes)
     generator = torch.Generator().manual_seed(seed)
     level = 1e-4 / max(len(certified) * restarts, 1)
     broken = 0

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from src.attacks import gradient_of, logits_of, with_gradients
+from src.checks import check_count, check_dataset
 from src.convnn import evaluation_form
 from src.few_pixels import few_pixels_attack
 from src.robustness import SINGLE_STEP
@@ -42,6 +44,7 @@ SATURATED = 0.1
 Hits = Mapping[tuple[str, str, float], Tensor]
 
 
+@with_gradients()
 def evaluation_warnings(
     model: nn.Module,
     dataset: TensorDataset,
@@ -66,6 +69,8 @@ def evaluation_warnings(
         Dictionaries with `check`, `seen` (a clause), `norm` and `epsilon` ("" and None if no
         ball is concerned), `images` (how many, out of) `of`, and `advice`.
     """
+    check_dataset(dataset, empty=False)
+    check_count("images", images)
     broken = _broken_by_multi_step(hits)
     in_l2 = {ball: fallen for ball, fallen in broken.items() if ball[0] == "l2"}
     found = [
@@ -151,12 +156,12 @@ def _signs(model: nn.Module, dataset: TensorDataset, batch_size: int = 1000) -> 
     """Check -> for which images its sign shows, bool (N,)."""
     device = next(model.parameters(), dataset.tensors[0]).device
     parts = []
-    with torch.inference_mode(False), evaluation_form(model) as network:
+    with evaluation_form(model) as network:
         for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
             images = images.to(device).clone().requires_grad_()
-            logits = network(images)
-            loss = F.cross_entropy(logits, labels.to(device).clone(), reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, images)
+            labels = labels.to(device).clone()
+            logits = logits_of(network, images, labels)
+            gradient = gradient_of(F.cross_entropy(logits, labels, reduction="sum"), images)
             with torch.no_grad():
                 change = (network(images) - logits).abs().amax(dim=1)
             # Rounding may depend on the order in which a device adds up.

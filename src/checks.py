@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 NORMS = ("linf", "l2")
 
@@ -36,15 +37,80 @@ def check_shape(images: Tensor) -> None:
         raise ValueError(f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28).")
 
 
-def check_labels(labels: Tensor, count: int) -> None:
+def check_labels(labels: Tensor, count: int, *, name: str = "labels") -> None:
     """Raise ValueError unless `labels` is int64 of shape (count,) without negative values."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         given = getattr(labels, "dtype", type(labels).__name__)
-        raise ValueError(f"'labels' must be an int64 tensor, not {given}.")
+        raise ValueError(f"'{name}' must be an int64 tensor, not {given}.")
     if labels.shape != (count,):
-        raise ValueError(f"'labels' has shape {tuple(labels.shape)}; expected ({count},).")
+        raise ValueError(f"'{name}' has shape {tuple(labels.shape)}; expected ({count},).")
     if count and int(labels.min()) < 0:
-        raise ValueError("'labels' has negative values; classes are numbered from 0.")
+        raise ValueError(f"'{name}' has negative values; classes are numbered from 0.")
+
+
+def check_tensors(dataset: TensorDataset) -> None:
+    """Raise ValueError unless `dataset` is a TensorDataset, of whatever tensors."""
+    if not hasattr(dataset, "tensors"):
+        raise ValueError(
+            f"'dataset' must be a TensorDataset, not {type(dataset).__name__}; build it by "
+            "TensorDataset(torch.stack(images), torch.tensor(labels))."
+        )
+
+
+def check_dataset(dataset: TensorDataset, *, empty: bool = True) -> None:
+    """Raise ValueError unless images and labels of `dataset` are such as the attacks take.
+
+    That is a TensorDataset of images (N, C, H, W) in [0, 1] and int64 labels (N,); N may be 0 if
+    `empty`.
+    """
+    check_tensors(dataset)
+    if len(dataset.tensors) != 2:
+        given = len(dataset.tensors)
+        raise ValueError(f"'dataset' must be a TensorDataset of images and labels, not of {given}.")
+    images, labels = dataset.tensors
+    check_images(images)
+    check_labels(labels, len(images))
+    if not (empty or len(images)):
+        raise ValueError("'dataset' has no images.")
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise ValueError unless all `labels` are below `classes`."""
+    if len(labels) and int(labels.max()) >= classes:
+        raise ValueError(
+            f"'labels' has the class {int(labels.max())}, but the model has {classes} classes."
+        )
+
+
+def checked_logits(
+    logits: Tensor, count: int, labels: Tensor | None = None, *, name: str = "model"
+) -> Tensor:
+    """`logits`, what the argument `name` returned, if a verdict on `count` images can be read off.
+
+    Raises:
+        ValueError: unless they are a floating tensor (count, K), K at least 2 and above `labels`.
+    """
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"'{name}' returned a {type(logits).__name__}; wrap it so that it returns its logits, "
+            "a tensor (B, classes)."
+        )
+    shape = logits.shape
+    if not logits.is_floating_point() or len(shape) != 2 or shape[0] != count or shape[1] < 2:
+        raise ValueError(
+            f"'{name}' returned a tensor {tuple(shape)} of {logits.dtype}; expected floating-point "
+            f"logits ({count}, classes) of two classes or more."
+        )
+    if labels is not None:
+        check_classes(labels, shape[1])
+    return logits
+
+
+def predicted(logits: Tensor, none: int = -1) -> Tensor:
+    """The class of each row of logits (B, K), int64 (B,); `none` where one is NaN: never right."""
+    # max propagates a NaN, where argmax would elect it.
+    highest, chosen = logits.max(dim=1)
+    return chosen.masked_fill(highest.isnan(), none)
 
 
 def check_ball(epsilon: float, norm: str) -> None:

@@ -7,13 +7,22 @@ threshold, is hardly touched by many small changes, and PGD takes it for robust.
 import torch
 from torch import Tensor, nn
 
-from src.attacks import checked, logits_of, margin, projection
+from src.attacks import (
+    checked,
+    gradient_of,
+    logits_of,
+    margin,
+    projection,
+    right,
+    with_gradients,
+)
 from src.convnn import evaluation_form
 
 # How far a pixel is moved: past a threshold in the middle, or from end to end.
 MOVES = (0.5, 0.75, 1.0)
 
 
+@with_gradients()
 def few_pixels_attack(
     model: nn.Module,
     images: Tensor,
@@ -45,18 +54,19 @@ def few_pixels_attack(
     images = checked(images, labels, epsilon, norm, clip)
     if norm != "l2":
         raise ValueError(f"'norm' = {norm!r}: few pixels are no restriction there; use 'l2'.")
-    with torch.inference_mode(False), evaluation_form(model) as network:
+    if not len(images):
+        return images.clone()
+    with evaluation_form(model) as network:
         points, project = images.clone(), projection(images, epsilon, norm, clip)
-        standing = _standing(network, images, labels)
+        standing = right(network, images, labels).nonzero()[:, 0]
         for move in MOVES:
             if epsilon < move or not len(standing):
                 continue
             moved = _moved(network, images[standing], labels[standing], epsilon, move, clip)
             tried = project(moved, standing)
-            left = _standing(network, tried, labels[standing])
-            broken = torch.ones_like(standing, dtype=torch.bool).index_fill(0, left, False)
+            broken = ~right(network, tried, labels[standing])
             points[standing[broken]] = tried[broken]
-            standing = standing[left]
+            standing = standing[~broken]
     return points
 
 
@@ -66,8 +76,7 @@ def _moved(network, images, labels, epsilon: float, move: float, clip) -> Tensor
     for _ in range(int(epsilon**2 / move**2 * (1 + 1e-9))):
         here = points.clone().requires_grad_()
         gap = margin(logits_of(network, here, labels), labels)
-        (slope,) = torch.autograd.grad(gap.sum(), here)
-        slope = torch.nan_to_num(slope)
+        slope = torch.nan_to_num(gradient_of(gap, here))
         aims = (images + move * slope.sign()).clamp(*clip)
         # Each pixel moves once: what it has been given is spent.
         gain = (slope * (aims - points)).masked_fill(points != images, 0).flatten(1)
@@ -75,9 +84,3 @@ def _moved(network, images, labels, epsilon: float, move: float, clip) -> Tensor
         aim = aims.flatten(1).gather(1, best)
         points = points.flatten(1).scatter(1, best, aim).view_as(points)
     return points
-
-
-@torch.no_grad()
-def _standing(network, images, labels) -> Tensor:
-    """Numbers of the images that are classified correctly."""
-    return (logits_of(network, images, labels).argmax(dim=1) == labels).nonzero()[:, 0]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from src.attacks import right, with_gradients
+from src.checks import check_ball
 from src.convnn import evaluation_form
 from src.robustness import accuracy_row, attacks, multi_step_name
 from src.training_and_evaluation import correct
@@ -23,6 +25,7 @@ LARGEST = {norm: epsilons[-1] for norm, epsilons in CURVE_EPSILONS.items()}
 GRID = {"linf": 200, "l2": 20}
 
 
+@with_gradients()
 def smallest_epsilons(
     model: nn.Module,
     dataset: TensorDataset,
@@ -50,6 +53,7 @@ def smallest_epsilons(
         float64 (N,), pixel units: 0 if the clean image is misclassified, inf if nothing was
         found within LARGEST[norm].
     """
+    check_ball(0, norm)
     smallest = np.where(correct(model, dataset, batch_size=batch_size).numpy(), np.inf, 0.0)
     # In multiples of 1 / GRID: the attack failed at `low` and succeeded within `high`.
     low, high = np.zeros(len(smallest), dtype=int), np.zeros(len(smallest), dtype=int)
@@ -89,8 +93,7 @@ def _broken_at(
     if not len(images):
         return np.zeros(0)
     attacked = attacks(steps)[multi_step_name(steps)](network, images, labels, epsilon, norm)
-    with torch.no_grad():
-        broken = (network(attacked).argmax(dim=1) != labels).cpu()
+    broken = ~right(network, attacked, labels).cpu()
     return torch.where(broken, lengths(attacked, images, norm), torch.inf).numpy()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src import distributed
+from src.checks import predicted
 from src.cuda_graph import Recorded
 from src.muon import Muon
 
@@ -39,9 +40,11 @@ def updater(
         loss = loss_schedule(progress)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             value, logits = loss(model, images, labels)
+        if not value.requires_grad:
+            raise ValueError("'loss' has no gradient by the weights of 'model'; nothing is learnt.")
         model.zero_grad(set_to_none=True)
         value.backward()
-        hits = (logits.detach().argmax(dim=1) == labels).float().mean()
+        hits = (predicted(logits.detach()) == labels).float().mean()
         return torch.stack([value.detach(), hits])
 
     # Beside the processes of torchrun, whose exchanges go on in the background, it is untried.
@@ -71,6 +74,11 @@ def _optimizers(model, updates, learning_rate, weight_decay, precision, optimize
     weights = list(model.parameters())
     matrices = [weight for weight in weights if weight.ndim > 1][1:-1]
     inner = matrices if optimizer == "muon" else []
+    if optimizer == "muon" and not inner:
+        raise ValueError(
+            "'optimizer' = 'muon' takes the weight matrices and kernels between the first and the "
+            "last, and 'model' has none there; use 'adamw'."
+        )
     others = [weight for weight in weights if all(weight is not one for one in inner)]
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay)]
     if inner:
@@ -109,11 +117,11 @@ def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tens
     padded = F.pad(images, (shift,) * 4)
     height, width = images.shape[2:]
     offsets = torch.randint(0, 2 * shift + 1, (2, len(images), 1, 1), generator=generator)
-    rows = offsets[0] + torch.arange(height)[:, None]
-    columns = offsets[1] + torch.arange(width)[None, :]
-    each = torch.arange(len(images))[:, None, None]
-    each, rows, columns = (_sent(index, images) for index in (each, rows, columns))
-    return padded[each, 0, rows, columns][:, None]
+    rows = offsets[0][:, None] + torch.arange(height)[:, None]
+    columns = offsets[1][:, None] + torch.arange(width)
+    each = torch.arange(len(images))[:, None, None, None]
+    channels = torch.arange(images.shape[1])[:, None, None]
+    return padded[tuple(_sent(index, images) for index in (each, channels, rows, columns))]
 
 
 def _sent(values: Tensor, images: Tensor) -> Tensor:

@@ -11,11 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from src.apgd import Space, check_search, search
-from src.attacks import Worst, checked, direction, linf_box, logits_of, margin, projection
+from src.attacks import (
+    Worst,
+    checked,
+    direction,
+    linf_box,
+    logits_of,
+    margin,
+    projection,
+    with_gradients,
+)
+from src.checks import checked_logits, predicted
 from src.convnn import evaluation_form
 from src.folded import ramp
 
 
+@with_gradients()
 def ramp_attack(
     model: nn.Module,
     images: Tensor,
@@ -47,7 +58,7 @@ def ramp_attack(
         raise ValueError("'model' has no thresholds; use apgd_attack.")
     if epsilon == 0 or not len(images):
         return images.clone()
-    with torch.inference_mode(False), evaluation_form(model) as network:
+    with evaluation_form(model) as network:
         # Shallow: the same weights, but the ramp of the copy alone is taken away.
         behind = copy.copy(network)
         behind.thresholds = None
@@ -62,7 +73,7 @@ def ramp_attack(
         with torch.no_grad():
             for candidates in (images, points):
                 logits = logits_of(network, candidates, labels)
-                fallen = logits.argmax(dim=1) != labels
+                fallen = predicted(logits) != labels
                 worst.keep(candidates, slice(None), margin(logits, labels), fallen)
     return worst.points
 
@@ -70,8 +81,9 @@ def ramp_attack(
 def _check_ramp(network: nn.Module, behind: nn.Module, images: Tensor, thresholds) -> None:
     """Raise ValueError unless `network` is `behind` after the ramp."""
     with torch.no_grad():
-        expected, found = network(images), behind(ramp(images, thresholds))
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        expected = checked_logits(network(images), len(images))
+        found, size = behind(ramp(images, thresholds)), float(expected.nan_to_num().abs().max())
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
         raise ValueError(
             "'model' does not apply its thresholds as ConvNN does, first and only once; "
             "use apgd_attack."

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from src.attack_evaluation import attack_evaluation, attack_rows
 from src.attacks import gradient_attack, pgd_attack
 from src.checklist import short_warnings, warning_lines
+from src.checks import predicted
 from src.files import write_json
 from src.models import ABSTAIN, SmoothClassifier
 from src.plotting import (
@@ -118,7 +119,8 @@ def first_of_each_class(dataset: TensorDataset) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def captioned(model: nn.Module, images: Tensor, labels: Tensor) -> list[tuple]:
     """(image (28, 28), "class (confidence)", green if correct, else red) for each image."""
-    confidence, prediction = model(images).softmax(dim=1).max(dim=1)
+    logits = model(images)
+    confidence, prediction = logits.softmax(dim=1).amax(dim=1), predicted(logits)
     return [
         (image[0].numpy(), f"{guess} ({100 * sure:.0f} %)", GREEN if guess == label else RED)
         for image, guess, sure, label in zip(

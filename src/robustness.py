@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from src.attacks import gradient_attack, pgd_attack
-from src.checks import check_count
+from src.attacks import gradient_attack, pgd_attack, right, with_gradients
+from src.checks import check_count, check_dataset
+from src.convnn import evaluation_form
 from src.intervals import accuracy_interval
 from src.strong_attacks import strongest_attack_stages
 from src.training_and_evaluation import correct
@@ -39,6 +40,7 @@ def multi_step_name(steps: int) -> str:
     return f"2x PGD-{steps}"
 
 
+@with_gradients()
 def attack_hits(
     model: nn.Module,
     dataset: TensorDataset,
@@ -85,6 +87,7 @@ def attack_table(model: nn.Module, dataset: TensorDataset, **options) -> list[di
     return table_rows(attack_hits(model, dataset, **options))
 
 
+@with_gradients()
 def hits_by_stage(
     model: nn.Module,
     dataset: TensorDataset,
@@ -110,20 +113,20 @@ def hits_by_stage(
         Name of the stage -> bool (N,) on the CPU, "clean" first; none is true that was false
         before. The last one is the answer.
     """
-    if not len(dataset):
-        raise ValueError("'dataset' has no images.")
+    check_dataset(dataset, empty=False)
     check_count("batch_size", batch_size)
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = {}
     batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
-    for images, labels in tqdm(batches, desc="attacking", disable=not progress):
-        images, labels = images.to(device), labels.to(device)
-        stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
-        standing = torch.ones(len(labels), dtype=torch.bool)
-        for name, points in stages:
-            # The same model and batch for every stage, so that rounding cannot decide.
-            standing = standing & correct(model, TensorDataset(points, labels))
-            hits.setdefault(name, []).append(standing)
+    with evaluation_form(model) as network:
+        for images, labels in tqdm(batches, desc="attacking", disable=not progress):
+            images, labels = images.to(device), labels.to(device)
+            stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
+            standing = torch.ones(len(labels), dtype=torch.bool)
+            for name, points in stages:
+                # The same model and batch for every stage, so that rounding cannot decide.
+                standing = standing & right(network, points, labels).cpu()
+                hits.setdefault(name, []).append(standing)
     return {name: torch.cat(parts) for name, parts in hits.items()}
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src.checks import checked_logits, predicted
+
 # Part of the key of every draw, so that no two stages of one certificate share noise.
 STAGES = {"select": 0, "estimate": 1, "predict": 2}
 
@@ -111,14 +113,12 @@ def _noisy_blocks(image, blocks, n, sigma, stream):
 def _add_votes(counts: Tensor, logits: Tensor, expected: int) -> None:
     """Add the votes of a batch to `counts` (num_classes + 1,), whose last entry counts NaNs."""
     num_classes = len(counts) - 1
-    if logits.shape != (expected, num_classes):
+    if isinstance(logits, Tensor) and logits.shape != (expected, num_classes):
         raise ValueError(
             f"'base_classifier' returned logits of shape {tuple(logits.shape)}; "
             f"expected ({expected}, {num_classes}), the second being 'num_classes'."
         )
-    # max propagates a NaN, where argmax would elect it.
-    highest, vote = logits.max(dim=1)
-    vote = vote.masked_fill(highest.isnan(), num_classes)
+    vote = predicted(checked_logits(logits, expected, name="base_classifier"), num_classes)
     counts.scatter_add_(0, vote, torch.ones_like(vote))
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from src.checks import check_ball, check_count, check_images, check_labels
+from src.attacks import logits_of, right
+from src.checks import check_ball, check_count, check_images, check_labels, predicted
 from src.convnn import evaluation_form
 
 
@@ -50,7 +51,7 @@ def random_noise(
             noise = torch.randn(images.shape, generator=generator).to(images)
             noise = noise.sign() if norm == "linf" else noise / _length(noise)
             tried = (images[left] + radius * noise[left]).clamp(0, 1)
-            broken = network(tried).argmax(dim=1) != labels[left]
+            broken = ~right(network, tried, labels[left])
             points[left[broken]] = tried[broken]
             left = left[~broken]
     return points
@@ -135,12 +136,14 @@ _PROPOSE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 def _lead(network: nn.Module, points: Tensor, labels: Tensor) -> Tensor:
     """By how much the label's logit leads, (B,); negative where the image is misclassified."""
-    logits = network(points)
+    logits = logits_of(network, points, labels)
     own = logits.gather(1, labels[:, None])[:, 0]
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
     # A tie goes to the first class, which may be another one.
-    broken = logits.argmax(dim=1) != labels
-    return torch.where(broken, (own - others).clamp(max=-1e-30), own - others)
+    broken = predicted(logits) != labels
+    # Of logits that are both infinite it is unknown: every other lead is nearer.
+    lead = (own - others).nan_to_num(torch.inf, torch.inf, -torch.inf)
+    return torch.where(broken, lead.clamp(max=-1e-30), lead)
 
 
 def _length(change: Tensor) -> Tensor:

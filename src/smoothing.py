@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.attacks import direction
+from src.attacks import direction, gradient_of, with_gradients
+from src.checks import checked_logits
 from src.convnn import evaluation_form
 from src.models import SmoothClassifier
 from src.training_and_evaluation import Loss
@@ -69,7 +70,7 @@ def smoothing_loss(
         images = _ascend(
             smooth.base_classifier, images, labels, noise[:attack_draws], strength * epsilon
         )
-    logits = _at(smooth.base_classifier, images, noise)
+    logits = _noisy_logits(smooth.base_classifier, images, noise)
     log_p = F.log_softmax(logits, dim=2)
     own = log_p.gather(2, labels.expand(draws, -1)[:, :, None])[:, :, 0]
     loss = -own.mean(dim=0)
@@ -83,18 +84,26 @@ def smoothing_loss(
     return loss.mean(), logits[0]
 
 
-def _at(base: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+def _noisy_logits(base: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
     """Logits (draws, B, num_classes) at every noisy copy, all in one batch."""
-    return base((images + noise).flatten(0, 1)).unflatten(0, (len(noise), -1))
+    copies = (images + noise).flatten(0, 1)
+    return checked_logits(base(copies), len(copies)).unflatten(0, noise.shape[:2])
 
 
+def mean_log_softmax(base: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+    """Log of the sum of the softmax over draws of noise, (B, num_classes): SmoothAdv climbs it."""
+    return F.log_softmax(_noisy_logits(base, images, noise), dim=2).logsumexp(dim=0)
+
+
+@with_gradients()
 def _ascend(base, images, labels, noise, epsilon) -> Tensor:
     """Images moved by `epsilon` up the loss of the mean prediction, and back into [0, 1]."""
     points = images.clone().requires_grad_()
     # Evaluation mode: with the statistics of the batch, images would attack one another.
     with evaluation_form(base) as network:
-        mean_log = F.log_softmax(_at(network, points, noise), dim=2).logsumexp(dim=0)
-        (gradient,) = torch.autograd.grad(F.nll_loss(mean_log, labels, reduction="sum"), points)
+        mean_log = mean_log_softmax(network, points, noise)
+        # A copy: autograd refuses labels that were made in inference mode.
+        gradient = gradient_of(F.nll_loss(mean_log, labels.clone(), reduction="sum"), points)
     return (images + epsilon * direction(gradient, "l2")).clamp(0, 1)
 
 

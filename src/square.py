@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.attacks import Worst, checked, linf_box, logits_of, margin, projection
-from src.checks import check_count, check_number
+from src.checks import check_count, check_number, predicted
 from src.convnn import evaluation_form
 
 # After how many of 10,000 queries the area of the squares is halved.
@@ -64,12 +64,12 @@ def square_attack(
             start, change = _l2_moves(images, epsilon, clip, generator)
         points = start[chosen]
         value = torch.full_like(worst.value[chosen], -torch.inf)
-        for side in _sides(images, queries, share):
+        for query, side in enumerate(_sides(images, queries, share)):
             if not len(chosen):
                 break
-            tried = points if torch.isinf(value).all() else change(points, chosen, side)
+            tried = change(points, chosen, side) if query else points
             logits = logits_of(network, tried, labels[chosen])
-            reached, fallen = margin(logits, labels[chosen]), logits.argmax(1) != labels[chosen]
+            reached, fallen = margin(logits, labels[chosen]), predicted(logits) != labels[chosen]
             worst.keep(tried, chosen, reached, fallen)
             better = reached > value
             points = torch.where(better[:, None, None, None], tried, points)

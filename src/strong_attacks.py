@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from src.apgd import apgd_attack
-from src.attacks import Worst, checked, logits_of, margin
-from src.checks import check_count
+from src.attacks import Worst, checked, logits_of, margin, with_gradients
+from src.checks import check_count, predicted
 from src.convnn import evaluation_form
 from src.ramp_attack import ramp_attack
 from src.square import square_attack
@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 
+@with_gradients()
 def strongest_attack(
     model: nn.Module,
     images: Tensor,
@@ -129,5 +130,5 @@ def _keep(worst: Worst, model: nn.Module, points: Tensor, labels: Tensor, chosen
     """Judge the points by the model itself, whatever the attack said of them."""
     with evaluation_form(model) as network, torch.no_grad():
         logits = logits_of(network, points, labels[chosen])
-    fallen = logits.argmax(dim=1) != labels[chosen]
+    fallen = predicted(logits) != labels[chosen]
     worst.keep(points, chosen, margin(logits, labels[chosen]), fallen)

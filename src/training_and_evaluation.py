@@ -12,7 +12,15 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from src import distributed
-from src.checks import check_count, check_number
+from src.attacks import attacked_batch, right, with_gradients
+from src.checks import (
+    check_classes,
+    check_count,
+    check_dataset,
+    check_number,
+    checked_logits,
+    evaluation_mode,
+)
 from src.convnn import evaluation_form
 from src.folded import FLOATS, check_precision
 from src.models import SmoothClassifier
@@ -25,7 +33,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def standard_loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy (scalar) and the logits (B, classes)."""
-    logits = model(images)
+    logits = checked_logits(model(images), len(labels))
     return F.cross_entropy(logits, labels), logits
 
 
@@ -51,13 +59,14 @@ def trades_loss(
     """
     # One batch, so that batch normalisation sees both as one population.
     both = torch.cat([images, attack(model, images, labels)])
-    clean, attacked = model(both).chunk(2)
+    clean, attacked = checked_logits(model(both), len(both)).chunk(2)
     divergence = F.kl_div(
         F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="batchmean", log_target=True
     )
     return F.cross_entropy(clean, labels) + beta * divergence, attacked
 
 
+@with_gradients()
 def train_model(
     model: nn.Module,
     dataset: TensorDataset,
@@ -120,10 +129,12 @@ def train_model(
         figures of `watch`. `best_epoch`: the number of the epoch the model ends with.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError: for an argument out of its range, for a model whose logits do not fit the
+            labels, and for one that has no weights to train (none for Muon, with "muon").
         RuntimeError: if the loss is no longer finite.
     """
-    _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, averaging)
+    _check_training(model, dataset, epochs, batch_size, learning_rate, weight_decay, averaging)
+    check_count("seed", seed, 0)
     check_count("shift", shift, 0)
     check_number("warp", warp)
     check_precision(precision, FLOATS)
@@ -145,6 +156,7 @@ def train_model(
     model.to(device)
     # All of it, once: MNIST is 190 MB, and shifts and warps are then made on the device as well.
     dataset = TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
+    _check_network(model, dataset, batch_size)
     distributed.share_weights(model)
     schedule = loss_schedule or (lambda progress: loss)
     update = updater(
@@ -188,15 +200,31 @@ def train_model(
     return history
 
 
-def _check_training(dataset, epochs, batch_size, learning_rate, weight_decay, averaging):
+def _check_training(model, dataset, epochs, batch_size, learning_rate, weight_decay, averaging):
+    check_dataset(dataset, empty=False)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError("'model' has no weights to train; set requires_grad of some.")
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
     check_number("learning_rate", learning_rate, positive=True)
     check_number("weight_decay", weight_decay)
     if not 0 <= averaging < 1:
         raise ValueError(f"'averaging' = {averaging} must be at least 0 and below 1.")
-    if not len(dataset):
-        raise ValueError("'dataset' has no images.")
+
+
+@torch.no_grad()
+def _check_network(model: nn.Module, dataset: TensorDataset, batch_size: int) -> None:
+    """Raise ValueError unless the logits of a first batch have all the classes of the labels.
+
+    Once and not in every step, which must not wait for the labels on a GPU.
+    """
+    images, labels = dataset.tensors
+    images = images[:batch_size]
+    # A model that draws noise leaves the training the same draws as without this check.
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices), evaluation_mode(model):
+        logits = checked_logits(model(images), len(images))
+    check_classes(labels, logits.shape[1])
 
 
 _QUIET = ("epoch", "seconds")
@@ -210,7 +238,8 @@ def _epoch_row(history: dict, epoch: int, steps: Tensor) -> dict:
     loss, hits = steps.mean(dim=0).tolist()
     if not math.isfinite(loss):
         raise RuntimeError(
-            f"The loss is no longer finite in epoch {epoch}; lower the learning rate."
+            f"The loss is no longer finite in epoch {epoch}; lower the learning rate, 'warp', or "
+            "the sigma and the weights of the loss, whichever is unusually large."
         )
     return {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
 
@@ -233,14 +262,15 @@ def accuracy(
         device: where to compute; default: where the model is.
 
     Raises:
-        ValueError: if the data set is empty.
+        ValueError: if the data set is empty or not as described, if the logits do not fit its
+            labels, and if `attack` returns anything but images in [0, 1] of the same shape.
     """
-    if not len(dataset):
-        raise ValueError("'dataset' has no images.")
+    check_dataset(dataset, empty=False)
     hits = correct(model, dataset, attack=attack, batch_size=batch_size, device=device)
     return hits.double().mean().item()
 
 
+@with_gradients()
 def correct(
     model: nn.Module,
     dataset: TensorDataset,
@@ -250,6 +280,7 @@ def correct(
     device: str | torch.device | None = None,
 ) -> Tensor:
     """Whether each image is classified correctly, bool (N,); arguments as for `accuracy`."""
+    check_dataset(dataset)
     check_count("batch_size", batch_size)
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = []
@@ -257,9 +288,8 @@ def correct(
         for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
             images, labels = images.to(device), labels.to(device)
             if attack is not None:
-                images = attack(model, images, labels)
-            with torch.no_grad():
-                hits.append((network(images).argmax(dim=1) == labels).cpu())
+                images = attacked_batch(attack, model, images, labels)
+            hits.append(right(network, images, labels).cpu())
     return torch.cat(hits)
 
 
@@ -295,7 +325,10 @@ def evaluate_robustness(
         ValueError: for an argument out of its range.
     """
     indices = list(range(len(dataset)) if indices is None else indices)
-    images, labels = subset(dataset, indices).tensors
+    dataset = subset(dataset, indices)
+    check_dataset(dataset)
+    images, labels = dataset.tensors
+    check_classes(labels, smooth_classifier.num_classes)
     settings = {"n0": n0, "n": n, "alpha": alpha}
     # Here and not in the generator below, whose body starts with the first row asked for.
     smooth_classifier.certify(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
+from src.checks import check_tensors
 from src.distributed import processes
 from src.mnist_files import read_mnist
 
@@ -67,8 +68,10 @@ def subset(dataset: TensorDataset, indices: Sequence[int] | torch.Tensor) -> Ten
     """The examples with the given numbers, in that order, as tensors in memory.
 
     Raises:
-        ValueError: if `indices` are not whole numbers from 0 to len(dataset) - 1.
+        ValueError: if `indices` are not whole numbers from 0 to len(dataset) - 1, and for a data
+            set that is no TensorDataset.
     """
+    check_tensors(dataset)
     given = torch.as_tensor(indices)
     numbers = given.to(torch.int64)
     # A mask would become the numbers 0 and 1.
@@ -91,13 +94,17 @@ def spread(dataset: TensorDataset, size: int) -> TensorDataset:
 def get_device(name: str = "auto") -> torch.device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest.
 
-    On it float32 is float32 from then on: cuDNN's default is TF32, ten bits of mantissa. Several
-    processes do without MPS, whose tensors they cannot exchange.
+    On it float32 is float32 from then on: cuDNN's default is TF32, ten bits of mantissa, and an
+    environment variable or a setting of torch can choose it for products of matrices as well.
+    Several processes do without MPS, whose tensors they cannot exchange.
 
     Raises:
         ValueError: if this machine has no such device; the message says what it has.
     """
+    # By the old names and the new one: torch fails on reading settings that disagree.
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.fp32_precision = "ieee"
     available = ["cpu"]
     if torch.backends.mps.is_available() and processes() == 1:
         available.insert(0, "mps")

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from src.models import ConvNN
 from src.muon import Muon, orthogonal
 from src.optimisation import updater
 from src.training_and_evaluation import train_model
-from tests.helpers import halves
+from tests.helpers import bits, halves
 
 
 def normals(*shape, dtype=torch.float32):
@@ -116,3 +117,20 @@ def test_muon_takes_what_lies_between_the_first_and_the_last_layer(precision):
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="'optimizer' is 'sgd'; use one of adamw, muon"):
         train_model(ConvNN(), halves(8), epochs=1, optimizer="sgd")
+
+
+def test_a_network_without_weights_for_muon_is_refused_untouched():
+    # Two matrices are the first and the last one, which stay with AdamW.
+    layers = [nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2)]
+    model = nn.Sequential(*layers)
+    before = bits(model.state_dict())
+    with pytest.raises(ValueError, match="'optimizer' = 'muon'"):
+        train_model(model, halves(8), epochs=1, optimizer="muon", progress=False)
+    assert bits(model.state_dict()) == before
+    train_model(
+        nn.Sequential(*layers[:3], nn.Linear(4, 4), layers[3]),
+        halves(8),
+        epochs=1,
+        optimizer="muon",
+        progress=False,
+    )

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
@@ -351,3 +352,23 @@ def test_attacks_in_bfloat16_training_use_the_bfloat16_form():
 def test_unknown_precision_of_training_is_named():
     with pytest.raises(ValueError, match="'precision' is 'half'"):
         train_model(ConvNN((2, 2)), halves(8), epochs=1, precision="half")
+
+
+def test_three_channels_are_shifted_alike_and_trained_on():
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    moved, *alone = (
+        random_shift(part, 2, torch.Generator().manual_seed(1))
+        for part in (images, *images.split(1, dim=1))
+    )
+    assert torch.equal(moved, torch.cat(alone, dim=1))
+    assert moved.is_contiguous()
+    # The class is in the last channel alone.
+    labels = torch.arange(64) % 2
+    images = torch.zeros(64, 3, 32, 32)
+    images[:, 2] = labels[:, None, None] * 1.0
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 5, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    model(images)
+    dataset = TensorDataset(images, labels)
+    train_model(model, dataset, epochs=4, batch_size=16, warp=0.05, progress=False)
+    assert accuracy(model, dataset) == 1

@@ -531,6 +531,32 @@ def test_float32_means_float32_and_a_seed_the_same_bits(monkeypatch):
     assert torch.backends.cudnn.deterministic
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_float32_means_float32_whatever_was_set_before(before):
+    code = f"""
+import warnings, torch
+from src.utils import get_device
+warnings.simplefilter("error")
+{before}
+assert torch.backends.cuda.matmul.allow_tf32
+get_device("cpu"), get_device("cpu")
+assert torch.get_float32_matmul_precision() == "highest"
+assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+"""
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=environment)
+
+
 def draws() -> list[float]:
     # The old global generator is what other libraries draw from.
     numpy_global = np.random.mtrand.rand
