@@ -33,7 +33,7 @@ SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift
   --every 20 --n 100000 $(REFERENCE)
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 --
 # The networks of 32-64 channels; `two_cores` with epochs for 45 minutes, also of busy cores.
-WIDE := $(TWO) $(SMOOTHING) --channels 32 64 --precision bfloat16 --optimizer muon --votes int8
+WIDE := $(TWO) $(SMOOTHING) --channels 32 64 --training-precision bfloat16 --optimizer muon --precision int8
 BEST_050 := $(WIDE) --sigma 0.50 --method smoothadv-consistency --consistency 2 --attack-draws 1 \
   --epsilon 0.8 --weight-decay 0.1 --warp 0.1
 BEST_100 := $(WIDE) --sigma 1.00 --method confidence
@@ -43,13 +43,13 @@ reference: $(VENV)/ready
 	$(BIN)/python -m src.mnist_files
 	for sigma in 0.25 0.50 1.00; do \
 	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs 100 \
-	    --votes $$(test $$sigma = 1.00 && echo float32 || echo int16) \
+	    --precision $$(test $$sigma = 1.00 && echo float32 || echo int16) \
 	    --name smoothing_gaussian_$$sigma || exit 1; \
 	done
 	for seed in 0 1 2; do \
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(BIN)/python $(SMOOTHING) --sigma 0.25 --epochs 60 --shift 1 --method smoothadv-consistency \
-	    --consistency 2 --optimizer muon --votes int8 --seed $$seed \
+	    --consistency 2 --optimizer muon --precision int8 --seed $$seed \
 	    --name smoothing_best_0.25$$of || exit 1; \
 	done
 	for seed in 0 1 2; do \
@@ -63,7 +63,7 @@ reference: $(VENV)/ready
 	  of=; test $$seed = 0 || of=_seed$$seed; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
 	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
-	    --attack pgd --steps 5 --channels 32 64 --precision bfloat16 --optimizer muon --epochs 20 \
+	    --attack pgd --steps 5 --channels 32 64 --training-precision bfloat16 --optimizer muon --epochs 20 \
 	    || exit 1; \
 	done
 	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 7 --channels 24 48 \

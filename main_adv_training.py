@@ -20,7 +20,6 @@ from src.command_line import (
     count,
     number,
     parse,
-    provenance,
     reserved,
     run,
     script_parser,
@@ -29,6 +28,7 @@ from src.command_line import (
 from src.distributed import is_main, own_seed
 from src.models import ConvNN
 from src.plotting import plot_held_out_robustness, plot_training
+from src.provenance import provenance
 from src.reports import report_attacks
 from src.robustness import radii_with
 from src.training_and_evaluation import accuracy, adversarial_loss, trades_loss, train_model
@@ -95,7 +95,7 @@ def train(images, held_out, args, device):
         weight_decay=args.weight_decay,
         shift=args.shift,
         warp=args.warp,
-        precision=args.precision,
+        precision=args.training_precision,
         optimizer=args.optimizer,
         seed=args.seed,
         loss_schedule=loss_schedule(args),
@@ -151,35 +151,28 @@ def complete(args):
 
 
 def option_parser():
-    parser = script_parser(__doc__)
-    # Warps in place of shifts: more held-out images withstood the attack; see reference/README.md.
+    parser = script_parser(__doc__, "python main_adv_training.py --epsilon 0.2 --name weaker")
+    # Warps in place of shifts: more held-out images withstood the attack; see docs/recipes.md.
     training_options(parser, name=NAME, epochs=14, hidden=256, shift=0, warp=0.15)
-    parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
-    parser.add_argument(
-        "--epsilon",
-        type=number(high=28, with_high=True),
-        help="radius, in pixel units; default: 0.3, in l2 2",
-    )
-    parser.add_argument(
-        "--attack", choices=("gradient", "pgd"), default="gradient", help="used in training"
-    )
-    parser.add_argument("--steps", type=count(), help="of PGD in training; default: 7")
-    parser.add_argument(
-        "--stride",
-        type=number(high=100),
-        help="length of the single step, in epsilon; default: 2",
-    )
-    parser.add_argument(
-        "--beta", type=number(), help="weight of the divergence in the TRADES loss; default: none"
-    )
-    cut = parser.add_mutually_exclusive_group()
+    add = parser.about("training")
+    add("--beta", type=number(), help="weight of the divergence in the TRADES loss; default: none")
+    cut = parser.groups["training"].add_mutually_exclusive_group()
     cut.add_argument(
         "--thresholds",
         type=number(0, 1, with_low=True, with_high=True),
         nargs=2,
-        help="ends of the ramp that pixels pass first; default: 0.4 0.6, in l2 no ramp",
+        help="pixels become 0 up to the first, 1 from the second on; default: 0.4 0.6, in l2 none",
     )
     cut.add_argument("--no-thresholds", action="store_true", help="let pixels in as they are")
+    add = parser.about("attack")
+    add("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
+    epsilon = "radius of the ball, in pixel units; default: 0.3, in l2 2"
+    add("--epsilon", type=number(high=28, with_high=True), help=epsilon)
+    kinds = ("gradient", "pgd")
+    add("--attack", choices=kinds, default="gradient", help="used in training: one step, or PGD")
+    add("--steps", type=count(), help="of PGD in training; default: 7")
+    stride = "length of the single step, as a multiple of epsilon; default: 2"
+    add("--stride", type=number(high=100), help=stride)
     return parser
 
 

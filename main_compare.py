@@ -12,7 +12,6 @@ from src.command_line import (
     count,
     number,
     parse,
-    provenance,
     run,
     script_parser,
     share,
@@ -35,6 +34,7 @@ from src.distributed import from_main, is_main, processes, rank, restarted, wait
 from src.files import lock_file
 from src.folded import PRECISIONS
 from src.native import fastest_precision
+from src.provenance import provenance
 from src.utils import get_device, load_mnist, seed_everything
 
 
@@ -140,47 +140,38 @@ def measured_precision(models, results: Path, shard, *, resume: bool) -> str:
 
 
 def option_parser():
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, "python main_compare.py --every 100 --n 1000")
     for name, (stem, _) in MODELS.items():
-        help = f"checkpoint of the {name} model; default: {stem}.pt in --models"
-        parser.add_argument(f"--{name}", metavar="FILE", help=help)
-    parser.add_argument(
-        "--sigma",
-        type=number(high=10, with_high=True),
-        help="noise, pixel units; default: of the smoothed model",
-    )
-    parser.add_argument("--every", type=count(), default=20, help="take every so many test images")
-    parser.add_argument(
-        "--n0", type=count(), default=100, help="noisy copies that choose the class"
-    )
-    parser.add_argument(
-        "--n", type=count(), default=10_000, help="copies that bound its probability"
-    )
-    parser.add_argument("--alpha", type=number(0, 1), default=0.001, help="failure odds, an image")
-    parser.add_argument(
+        checkpoint = f"checkpoint of the {name} model; default: {stem}.pt in --models"
+        parser.about("data")(f"--{name}", metavar="FILE", help=checkpoint)
+    add = parser.about("data")
+    add("--every", type=count(), default=20, help="take every N-th test image")
+    parser.about("attack")("--steps", type=count(), help="of PGD; default: 40")
+    add = parser.about("certification")
+    noise = "noise, pixel units; default: that of the smoothed model"
+    add("--sigma", type=number(high=10, with_high=True), help=noise)
+    add("--n0", type=count(), default=100, help="noisy copies that choose the class")
+    add("--n", type=count(), default=10_000, help="fresh copies that bound its probability")
+    odds = "chance of a false certificate, per image"
+    add("--alpha", type=number(0, 1), default=0.001, help=odds)
+    add(
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="in which the certified networks run; auto: the fastest here, by a measurement",
+        help="of the networks that vote and are certified; auto: the fastest, by a measurement",
     )
-    parser.add_argument(
-        "--two-sided",
-        action="store_true",
-        help="bound the rivals from above as well: a second radius, in columns of its own",
-    )
-    parser.add_argument("--steps", type=count(), help="of PGD; default: 40")
-    parser.add_argument("--resume", action="store_true", help="go on with interrupted rows")
-    parser.add_argument(
+    both = "bound the other classes as well: a second radius, in columns of its own"
+    add("--two-sided", action="store_true", help=both)
+    add(
         "--challenge",
         type=count(0),
         nargs="?",
         const=50,
         default=0,
-        help="attack so many certificates of each model (50 if no number is given)",
+        help="attack this many certificates of each model (50 if no number is given)",
     )
-    parser.add_argument(
-        "--shard", type=share, help="k/n: certify the k-th of n parts of the images, then stop"
-    )
+    add("--shard", type=share, help="k/n: certify the k-th of n parts of the images, then stop")
+    parser.about("run")("--resume", action="store_true", help="go on with interrupted rows")
     return parser
 
 

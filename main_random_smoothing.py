@@ -14,7 +14,6 @@ from src.command_line import (
     count,
     number,
     parse,
-    provenance,
     reserved,
     run,
     script_parser,
@@ -25,6 +24,7 @@ from src.distributed import from_main, is_main
 from src.folded import PRECISIONS
 from src.models import ConvNN, SmoothClassifier
 from src.plotting import plot_training
+from src.provenance import provenance
 from src.reports import report_smoothing
 from src.smoothing import METHODS, ramped_smoothing_loss
 from src.training_and_evaluation import accuracy, train_model
@@ -34,12 +34,13 @@ NAME, TITLE = "randomized_smoothing", "Randomized smoothing"
 ALPHA = 0.001  # Failure odds of one certificate.
 # The options that a checkpoint is the outcome of.
 TRAINING = ("sigma", "method", "epsilon", "seed", "epochs", "batch_size", "learning_rate", "shift")
-TRAINING += ("consistency", "confidence", "channels", "hidden", "held_out", "precision")
-TRAINING += ("optimizer", "warp", "attack_draws", "weight_decay", "quick")
+TRAINING += ("consistency", "confidence", "channels", "hidden", "held_out")
+TRAINING += ("training_precision", "optimizer", "warp", "attack_draws", "weight_decay", "quick")
 
 
 def main(argv=None):
     args = parse(option_parser(), argv, epochs=1, every=50, n=500)
+    args.precision = args.precision or args.training_precision
     minimum_successes(args.n, ALPHA)  # Refuses an n that could not certify anything.
     device = get_device(args.device)
     seed_everything(args.seed)
@@ -101,6 +102,8 @@ def trained(path, args, device):
     # Older checkpoints know of no other optimizer or weight decay and of no warps.
     older = {"optimizer": "adamw", "warp": 0, "weight_decay": 0.01}
     was, now = older | network.facts.get("options", {}), vars(args)
+    # Their --precision was that of the training, which has an option of its own now.
+    was.setdefault("training_precision", was.get("precision"))
     different = [name for name in TRAINING if was.get(name) != now[name]]
     if different:
         trained_with = ", ".join(f"{name} = {was.get(name)}" for name in different)
@@ -108,7 +111,7 @@ def trained(path, args, device):
             f"{path} was trained with {trained_with}, which is not what the options say; "
             "give the same options, or leave out --resume to train again."
         )
-    return SmoothClassifier(network, args.sigma, precision=args.votes or args.precision)
+    return SmoothClassifier(network, args.sigma, precision=args.precision)
 
 
 def train(images, held_out, args, device):
@@ -118,10 +121,9 @@ def train(images, held_out, args, device):
         f"{args.method}, on {len(images):,} images, {device}"
     )
     network = ConvNN(args.channels, args.hidden)
-    precision = args.votes or args.precision
-    smooth = SmoothClassifier(network, args.sigma, precision=precision).to(device)
+    smooth = SmoothClassifier(network, args.sigma, precision=args.precision).to(device)
     # Refuses a precision that the device lacks now, not after the training.
-    network.inference_form(precision)
+    network.inference_form(args.precision)
     history = train_model(
         smooth,
         images,
@@ -138,7 +140,7 @@ def train(images, held_out, args, device):
         weight_decay=args.weight_decay,
         shift=args.shift,
         warp=args.warp,
-        precision=args.precision,
+        precision=args.training_precision,
         optimizer=args.optimizer,
         recorded=True,
         seed=args.seed,
@@ -149,45 +151,26 @@ def train(images, held_out, args, device):
 
 
 def option_parser():
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, "python main_random_smoothing.py --sigma 0.25 --name quarter")
     training_options(parser, name=NAME, epochs=12)
-    parser.add_argument(
-        "--sigma",
-        type=number(high=10, with_high=True),
-        default=0.5,
-        help="standard deviation of the noise, pixel units",
-    )
-    parser.add_argument("--method", choices=METHODS, default="gaussian", help="of training")
-    parser.add_argument(
-        "--epsilon",
-        type=number(high=28, with_high=True),
-        help="l2 length of the SmoothAdv step, pixel units; default: that of the method",
-    )
-    parser.add_argument(
-        "--attack-draws", type=count(), help="draws that the SmoothAdv step sees; default: all"
-    )
-    parser.add_argument(
-        "--consistency", type=number(), help="weight of Consistency; default: that of the method"
-    )
-    parser.add_argument(
-        "--confidence", type=number(), help="power of the weight of an image; default: the method's"
-    )
-    parser.add_argument(
-        "--every", type=count(), default=100, help="certify every so many test images"
-    )
-    parser.add_argument(
-        "--n", type=count(), default=10_000, help="noisy copies that bound a probability"
-    )
-    parser.add_argument(
-        "--votes",
-        choices=PRECISIONS,
-        help="precision of the network that votes; default: that of the training",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="take the checkpoint of --name if it is there, and go on with its interrupted rows",
-    )
+    add = parser.about("training")
+    noise = number(high=10, with_high=True)
+    add("--sigma", type=noise, default=0.5, help="standard deviation of the noise, pixel units")
+    add("--method", choices=METHODS, default="gaussian", help="of training under noise")
+    add("--consistency", type=number(), help="weight of Consistency; default: the method's")
+    weight = "power of the weight of an image; default: the method's"
+    add("--confidence", type=number(), help=weight)
+    add = parser.about("attack")
+    step = "l2 length of the SmoothAdv step, pixel units; default: the method's"
+    add("--epsilon", type=number(high=28, with_high=True), help=step)
+    add("--attack-draws", type=count(), help="draws that the SmoothAdv step sees; default: all")
+    add = parser.about("certification")
+    add("--every", type=count(), default=100, help="certify every N-th test image")
+    add("--n", type=count(), default=10_000, help="noisy copies that bound a probability")
+    votes = "of the network that votes and is certified; default: that of the training"
+    add("--precision", choices=PRECISIONS, help=votes)
+    resume = "take the checkpoint of --name if it is there, and go on with its interrupted rows"
+    parser.about("run")("--resume", action="store_true", help=resume)
     return parser
 
 

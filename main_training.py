@@ -7,10 +7,11 @@ results/standard_training_smallest_epsilons.csv and figures.
 from pathlib import Path
 
 from src.checkpoints import save_checkpoint
-from src.command_line import parse, provenance, reserved, run, script_parser, training_options
+from src.command_line import parse, reserved, run, script_parser, training_options
 from src.distributed import is_main
 from src.models import ConvNN
 from src.plotting import plot_training
+from src.provenance import provenance
 from src.reports import report_attacks
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything
@@ -19,7 +20,7 @@ NAME, TITLE = "standard_training", "Standard training"
 
 
 def main(argv=None):
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, "python main_training.py --epochs 20 --name longer")
     training_options(parser, name=NAME, epochs=12)
     args = parse(parser, argv, epochs=1)
     device = get_device(args.device)
@@ -40,7 +41,7 @@ def main(argv=None):
             weight_decay=args.weight_decay,
             shift=args.shift,
             warp=args.warp,
-            precision=args.precision,
+            precision=args.training_precision,
             optimizer=args.optimizer,
             seed=args.seed,
             watch=lambda model: {"clean": accuracy(model, held_out)},

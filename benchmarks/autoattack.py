@@ -48,10 +48,11 @@ import torch
 
 from src.attacks import pgd_attack, projection
 from src.checkpoints import load_checkpoint, weights_digest
-from src.command_line import code_commit, count, number, run
+from src.command_line import count, number, run
 from src.convnn import evaluation_form
 from src.files import lock_file, write_json
 from src.intervals import accuracy_interval
+from src.provenance import code_commit
 from src.ramp_attack import ramp_attack
 from src.records.rows import read_rows
 from src.strong_attacks import strongest_attack

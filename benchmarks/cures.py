@@ -29,8 +29,9 @@ from torch import Tensor
 from benchmarks import autoattack
 from src.adversarial import collapsed_epochs, held_out_watch, training_attack
 from src.attacks import gradient_attack
-from src.command_line import code_commit, count, run
+from src.command_line import count, run
 from src.convnn import ConvNN, evaluation_form
+from src.provenance import code_commit
 from src.records.rows import read_rows, write_rows
 from src.robustness import hits_by_stage
 from src.tables import format_table

@@ -29,7 +29,8 @@ from torch import nn
 
 from benchmarks import autoattack
 from src.checkpoints import load_checkpoint
-from src.command_line import code_commit, count, run
+from src.command_line import count, run
+from src.provenance import code_commit
 from src.records.rows import read_rows, write_rows
 from src.tables import format_table
 from src.utils import get_device, load_mnist, subset

@@ -2,27 +2,23 @@
 
 import argparse
 import os
-import platform
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
-from src.distributed import is_main, process_group, processes, report_failure
+from src.distributed import is_main, process_group, report_failure
 from src.files import check_target, check_writable, drop_equal_copies, lock_file, set_aside
 from src.folded import FLOATS
 from src.optimisation import OPTIMIZERS
-from src.utils import get_device
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not those that say nothing: None, and that a switch is off."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description; shows defaults, but not None or that a switch is off."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -30,16 +26,24 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one sentence, without the lines of usage, and exit status 1."""
+class Parser(argparse.ArgumentParser):
+    """Options in groups. Its errors are one sentence, without lines of usage, and exit status 1."""
+
+    TITLES = ("data", "training", "attack", "certification", "output", "run")
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
+        self.groups = {title: self.add_argument_group(title) for title in self.TITLES}
+
+    def about(self, title: str) -> Callable:
+        """The `add_argument` of one of the groups; those without options are not shown."""
+        return self.groups[title].add_argument
 
     def error(self, message: str) -> NoReturn:
         sys.exit(f"error: {message}; see --help")
 
 
-def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, **quick
-) -> argparse.Namespace:
+def parse(parser: Parser, argv: Sequence[str] | None, **quick) -> argparse.Namespace:
     """The options, once the folders they name are known to take files.
 
     Args:
@@ -99,27 +103,23 @@ def when_interrupted(advice: str) -> Iterator[None]:
         raise KeyboardInterrupt(advice) from None
 
 
-def script_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every script takes."""
-    parser = _Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    parser.add_argument(
-        "--seed", type=count(0, 2**63 - 1), default=0, help="of everything that is random"
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds, tiny sizes")
-    parser.add_argument("--data", default="data", help="folder of MNIST, filled if it is empty")
-    parser.add_argument("--models", default="models", help="folder of the checkpoints")
-    parser.add_argument("--figures", default="figures", help="folder of the plots")
-    parser.add_argument("--results", default="results", help="folder of the result rows")
+def script_parser(description: str, example: str) -> Parser:
+    """A parser with the options that every script takes; its help begins with `example`."""
+    parser = Parser(usage=example, description=description)
+    parser.about("data")("--data", default="data", help="folder of MNIST, filled if it is empty")
+    add = parser.about("output")
+    add("--models", default="models", help="folder of the checkpoints")
+    add("--figures", default="figures", help="folder of the plots")
+    add("--results", default="results", help="folder of the result rows")
+    add = parser.about("run")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    add("--seed", type=count(0, 2**63 - 1), default=0, help="of everything that is random")
+    add("--quick", action="store_true", help="a smoke run of seconds, tiny sizes")
     return parser
 
 
 def training_options(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     *,
     name: str,
     epochs: int,
@@ -128,52 +128,43 @@ def training_options(
     warp: float = 0.0,
 ) -> None:
     """Add the options of the scripts that train, with the defaults given."""
-    parser.add_argument("--name", type=stem, default=name, help="stem of the files written")
-    parser.add_argument("--epochs", type=count(), default=epochs, help="passes over the data")
-    parser.add_argument("--batch-size", type=count(), default=256, help="images an update")
-    parser.add_argument("--learning-rate", type=number(high=10), default=0.01, help="at its peak")
-    parser.add_argument(
+    add = parser.about("output")
+    add("--name", type=stem, default=name, help="beginning of the names of the files written")
+    add = parser.about("data")
+    add("--held-out", type=count(), default=5000, help="training images kept aside for choices")
+    add = parser.about("training")
+    add("--epochs", type=count(), default=epochs, help="passes over the data")
+    add("--batch-size", type=count(), default=256, help="images per update")
+    add("--learning-rate", type=number(high=10), default=0.01, help="at its peak")
+    add(
         "--weight-decay",
         type=number(high=10, with_low=True),
         default=0.01,
         help="each update shrinks a weight by this fraction times the learning rate",
     )
-    parser.add_argument(
-        "--shift", type=count(0, 27), default=shift, help="largest random translation, in pixels"
-    )
-    parser.add_argument(
+    add("--shift", type=count(0, 27), default=shift, help="largest random translation, in pixels")
+    add(
         "--warp",
         type=number(high=1, with_low=True),
         default=warp,
         help="largest random distortion: 0.1 turns, shears and stretches by up to a tenth",
     )
-    parser.add_argument(
-        "--channels",
-        type=count(1, 4096),
-        nargs=2,
-        default=[16, 32],
-        help="widths of the convolutions",
-    )
-    parser.add_argument(
-        "--hidden",
-        type=count(1, 65_536),
-        default=hidden,
-        help="width of a fully connected layer before the output",
-    )
-    parser.add_argument(
-        "--precision",
+    widths = {"type": count(1, 4096), "nargs": 2, "default": [16, 32]}
+    add("--channels", **widths, help="widths of the two convolutions")
+    layer = "width of a fully connected layer before the output; default: none"
+    layer = layer if hidden is None else layer.partition(";")[0]
+    add("--hidden", type=count(1, 65_536), default=hidden, help=layer)
+    add(
+        "--training-precision",
         choices=FLOATS,
         default="float32",
-        help="of training; bfloat16 is faster on processors and GPUs with units for it only",
+        help="of the network in training; bfloat16 is faster where there are units for it",
     )
-    parser.add_argument(
+    add(
         "--optimizer",
         choices=OPTIMIZERS,
         default="adamw",
         help="muon learns more from as many epochs of long training",
-    )
-    parser.add_argument(
-        "--held-out", type=count(), default=5000, help="training images kept aside for choices"
     )
 
 
@@ -245,48 +236,3 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as error:
         print(f"\nInterrupted. {error}".rstrip(), file=sys.stderr)
         sys.exit(130)
-
-
-def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
-    """What made a result: command, options, commit, versions, device and threads."""
-    words = sys.argv[1:] if argv is None else argv
-    # What is trained depends on the number of processes: each has noise and batch statistics of
-    # its own.
-    several = f"torchrun --nproc-per-node={processes()} --"
-    start = several if processes() > 1 else "python"
-    return {
-        "command": f"{start} {shlex.join([f'{script}.py', *words])}",
-        "options": vars(args),
-        "commit": code_commit(),
-        "device": str(get_device(args.device)),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "scipy")},
-        },
-    }
-
-
-_ROOT = Path(__file__).resolve().parent.parent
-# What results depend on, new files too; not the results themselves, which runs write.
-_CODE = ("*.py", "*.c", "*.h", "requirements.txt")
-
-
-def code_commit(root: Path = _ROOT) -> str:
-    """The commit of a checkout, with a + if code differs from it; "unknown" outside of one."""
-    # A hook of git exports where *its* repository lies.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        return done.stdout.strip()
-
-    try:
-        # A copy of the code inside another repository has none of its commits.
-        if not Path(git("rev-parse", "--show-toplevel")).samefile(root):
-            return "unknown"
-        commit = git("rev-parse", "--short", "HEAD")
-        return commit + "+" * bool(git("status", "--porcelain", "--", *_CODE))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -14,7 +14,8 @@ import main_adv_training
 import main_compare
 import main_random_smoothing
 import main_training
-from src.command_line import code_commit, parse, provenance, reserved, script_parser, share, stem
+from src.command_line import parse, reserved, script_parser, share, stem
+from src.provenance import code_commit, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +70,7 @@ def test_the_repository_of_a_hook_is_not_taken_for_this_one(checkout, tmp_path, 
 
 
 def test_the_command_can_be_pasted():
-    parser = script_parser("")
+    parser = script_parser("", "")
     words = ["--models", "m d", "--quick"]
     assert provenance("main", parser.parse_args(words), words)["command"] == (
         "python main.py --models 'm d' --quick"
@@ -167,7 +168,7 @@ def test_the_ends_of_the_pixels_are_thresholds():
 
 def options(folder, name="x"):
     words = [f"--{part}={folder / part}" for part in ("models", "figures", "results")]
-    parser = script_parser("")
+    parser = script_parser("", "")
     parser.add_argument("--name", default=name)
     return parser.parse_args(words)
 

@@ -142,7 +142,8 @@ def test_options_of_training_reach_it(mnist_root, tmp_path, monkeypatch, script)
     given = {}
     wanted = {"batch_size": 64, "learning_rate": 0.003, "weight_decay": 0.2}
     wanted |= {"shift": 2, "warp": 0.07, "optimizer": "muon", "precision": "bfloat16", "seed": 5}
-    options = (f"--{name.replace('_', '-')}={value}" for name, value in wanted.items())
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in wanted.items()]
+    options = [word.replace("--precision", "--training-precision") for word in options]
     monkeypatch.setattr(script, "train_model", train)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Reached):
@@ -175,7 +176,7 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
             main_random_smoothing.main(["--quick", "--resume", other])
     # The checkpoint fits other votes, the rows do not.
     with pytest.raises(ValueError, match="precision"):
-        main_random_smoothing.main(["--quick", "--resume", "--votes=int16"])
+        main_random_smoothing.main(["--quick", "--resume", "--precision=int16"])
     assert (tmp_path / rows).read_bytes() == whole
 
 
@@ -201,7 +202,7 @@ def test_votes_that_a_device_lacks_are_refused_before_training(finished, monkeyp
     monkeypatch.setattr(main_random_smoothing.ConvNN, "inference_form", refuse)
     monkeypatch.setattr(main_random_smoothing, "train_model", lambda *_, **__: pytest.fail("late"))
     with pytest.raises(ValueError, match="no int8 here"):
-        main_random_smoothing.main(["--quick", "--votes=int8", "--name=other"])
+        main_random_smoothing.main(["--quick", "--precision=int8", "--name=other"])
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -1,0 +1,61 @@
+"""What made a result: command, options, commit, versions, device and threads."""
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from src.distributed import processes
+from src.utils import get_device
+
+
+def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
+    """What made a result: command, options, commit, versions, device and threads."""
+    words = sys.argv[1:] if argv is None else argv
+    # What is trained depends on the number of processes: each has noise and batch statistics of
+    # its own.
+    several = f"torchrun --nproc-per-node={processes()} --"
+    start = several if processes() > 1 else "python"
+    return {
+        "command": f"{start} {shlex.join([f'{script}.py', *words])}",
+        "options": vars(args),
+        "commit": code_commit(),
+        "device": str(get_device(args.device)),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "scipy")},
+        },
+    }
+
+
+_ROOT = Path(__file__).resolve().parent.parent
+# What results depend on, new files too; not the results themselves, which runs write.
+_CODE = ("*.py", "*.c", "*.h", "requirements.txt")
+
+
+def code_commit(root: Path = _ROOT) -> str:
+    """The commit of a checkout, with a + if code differs from it; "unknown" outside of one."""
+    # A hook of git exports where *its* repository lies.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return done.stdout.strip()
+
+    try:
+        # A copy of the code inside another repository has none of its commits.
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(root):
+            return "unknown"
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit + "+" * bool(git("status", "--porcelain", "--", *_CODE))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
