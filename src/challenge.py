@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from src.checks import check_count, check_number
 from src.convnn import evaluation_form
 from src.models import ABSTAIN, SmoothClassifier
+from src.utils import progress_bar, spread_indices
 
 
 def smoothed_attack(
@@ -92,7 +92,7 @@ def challenge_certificates(
         smooth: the classifier that was certified.
         dataset: the data set that the rows number.
         rows: result rows; those that abstained are passed over.
-        images: how many of the rest to try, spread over the radii.
+        images: how many of the rest to try, spread over the radii from the largest on.
         restarts: attacks on each.
         n: noisy copies that decide the class at the point found.
         stretch: factor on the radius; above 1 it plants an error that should be found.
@@ -104,12 +104,14 @@ def challenge_certificates(
     """
     check_count("images", images)
     check_number("stretch", stretch, positive=True)
-    certified = sorted((r for r in rows if int(r["prediction"]) != ABSTAIN), key=_radius)
-    certified = certified[:: max(len(certified) // images, 1)][:images]
+    certified = [row for row in rows if int(row["prediction"]) != ABSTAIN]
+    # The largest first: it is among them, however few they are.
+    certified.sort(key=_radius, reverse=True)
+    certified = [certified[number] for number in spread_indices(len(certified), images)]
     generator = torch.Generator().manual_seed(seed)
     level = 1e-4 / max(len(certified) * restarts, 1)
     broken = 0
-    for row in tqdm(certified, desc="challenging", unit="image", disable=not progress):
+    for row in progress_bar(progress, certified, desc="challenging", unit="image"):
         device = next(smooth.parameters(), dataset.tensors[0]).device
         image = dataset.tensors[0][int(row["index"])].to(device)
         label = torch.tensor([int(row["prediction"])], device=device)

@@ -85,7 +85,9 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _say(sentence: str) -> None:
-    print(f"MNIST: {sentence}", file=sys.stderr, flush=True)
+    # Where stderr is closed it is None, which print takes for stdout.
+    if sys.stderr is not None:
+        print(f"MNIST: {sentence}", file=sys.stderr, flush=True)
 
 
 def _read_matching(folder: Path, names: Iterable[str]) -> dict[str, bytes]:

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from src.attacks import gradient_attack, pgd_attack
 from src.checks import check_count
 from src.intervals import accuracy_interval
 from src.strong_attacks import strongest_attack_stages
 from src.training_and_evaluation import correct
+from src.utils import progress_bar
 
 # The radii of the tables, in pixel units.
 RADII = (("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 1.0), ("l2", 2.0))
@@ -56,7 +56,7 @@ def attack_hits(
     """
     hits = {("none", "", 0.0): correct(model, dataset)}
     plan = [(name, attack, *ball) for ball in radii for name, attack in attacks(steps).items()]
-    for name, attack, norm, epsilon in tqdm(plan, desc="attacking", disable=not progress):
+    for name, attack, norm, epsilon in progress_bar(progress, plan, desc="attacking"):
         bounded = partial(attack, epsilon=epsilon, norm=norm)
         hits[name, norm, epsilon] = correct(model, dataset, attack=bounded)
     return hits
@@ -111,7 +111,7 @@ def hits_by_stage(
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = {}
     batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
-    for images, labels in tqdm(batches, desc="attacking", disable=not progress):
+    for images, labels in progress_bar(progress, batches, desc="attacking"):
         images, labels = images.to(device), labels.to(device)
         stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
         standing = torch.ones(len(labels), dtype=torch.bool)

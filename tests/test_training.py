@@ -20,6 +20,7 @@ from src.training_and_evaluation import (
     trades_loss,
     train_model,
 )
+from src.utils import progress_bar
 from tests.helpers import halves, linear
 
 
@@ -351,3 +352,13 @@ def test_attacks_in_bfloat16_training_use_the_bfloat16_form():
 def test_unknown_precision_of_training_is_named():
     with pytest.raises(ValueError, match="'precision' is 'half'"):
         train_model(ConvNN((2, 2)), halves(8), epochs=1, precision="half")
+
+
+def test_without_stderr_there_is_no_bar_and_no_failure(monkeypatch):
+    # What `2>&-` makes of it.
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(progress_bar(True, range(3), desc="three")) == [0, 1, 2]
+    with progress_bar(True, total=3) as bar:
+        bar.update(3)
+    dataset = halves(64)
+    train_model(linear(), dataset, loss=standard_loss, epochs=1, batch_size=32)

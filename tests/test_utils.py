@@ -24,7 +24,7 @@ from torchvision.transforms.functional import to_tensor
 from src import mnist_files, mnist_sources
 from src.mnist_files import ensure_mnist
 from src.mnist_sources import FILES, RawFile
-from src.utils import get_device, hold_out, load_mnist, seed_everything, subset
+from src.utils import get_device, hold_out, load_mnist, seed_everything, spread_indices, subset
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -110,6 +110,34 @@ def test_subset_may_be_empty_or_a_range():
     dataset = TensorDataset(torch.arange(5))
     assert len(subset(dataset, [])) == 0
     assert subset(dataset, range(0, 5, 2)).tensors[0].tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(399, 200), (10_000, 6000), (10_000, 1000), (10, 3), (5, 2), (2**60, 7)]
+)
+def test_spread_reaches_from_the_first_to_the_last(count, size):
+    numbers = spread_indices(count, size)
+    gaps = np.diff(numbers)
+    assert (len(numbers), numbers[0], numbers[-1]) == (size, 0, count - 1)
+    # As even as whole numbers can be.
+    assert gaps.min() == (count - 1) // (size - 1) >= 1
+    assert gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_spread_takes_all_if_there_are_no_more_and_one_is_the_first(count):
+    for size in (7, 8, 100):
+        assert list(spread_indices(count, size)) == list(range(count))
+    assert list(spread_indices(count, 1)) == [0][:count]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "name"),
+    [(-1, 2, "count"), (2.5, 2, "count"), (5, 0, "size"), (5, -3, "size")],
+)
+def test_spread_refuses_what_is_no_count(count, size, name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        spread_indices(count, size)
 
 
 @pytest.mark.parametrize("indices", [[3], [-1], [0.5], [True, False, True]])
