@@ -22,7 +22,7 @@ from src.adversarial import ramped_adversarial_loss, training_attack
 from src.attacks import pgd_attack
 from src.models import ConvNN
 from src.training_and_evaluation import accuracy, train_model
-from src.utils import load_mnist, seed_everything, subset
+from src.utils import load_mnist, seed_everything, spread
 
 EPSILON = 0.3
 NETWORKS = {
@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=5, help="alternations")
     args = parser.parse_args()
     train = load_mnist("train")
-    test = subset(load_mnist("test"), range(0, 10_000, 10_000 // args.images))
+    test = spread(load_mnist("test"), args.images)
     for name, options in NETWORKS.items():
         seed_everything(0)
         model = ConvNN(**options)

@@ -6,7 +6,6 @@ import torch
 from scipy import stats
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from src.attacks import direction, gradient_of, with_gradients
 from src.checks import (
@@ -20,7 +19,7 @@ from src.checks import (
 from src.convnn import evaluation_form
 from src.models import ABSTAIN, SmoothClassifier
 from src.smoothing import mean_log_softmax
-from src.utils import subset
+from src.utils import progress_bar, spread_indices, subset
 
 
 @with_gradients()
@@ -106,7 +105,7 @@ def challenge_certificates(
         smooth: the classifier that was certified.
         dataset: the data set that the rows number.
         rows: result rows; those that abstained are passed over.
-        images: how many of the rest to try, spread over the radii.
+        images: how many of the rest to try, spread over the radii from the largest on.
         restarts: attacks on each.
         n: noisy copies that decide the class at the point found.
         stretch: factor on the radius; above 1 it plants an error that should be found.
@@ -119,15 +118,17 @@ def challenge_certificates(
     check_count("images", images)
     check_count("restarts", restarts)
     check_number("stretch", stretch, positive=True)
-    certified = sorted((r for r in rows if int(r["prediction"]) != ABSTAIN), key=_radius)
-    certified = certified[:: max(len(certified) // images, 1)][:images]
+    certified = [row for row in rows if int(row["prediction"]) != ABSTAIN]
+    # The largest first: it is among them, however few they are.
+    certified.sort(key=_radius, reverse=True)
+    certified = [certified[number] for number in spread_indices(len(certified), images)]
     chosen = subset(dataset, [int(row["index"]) for row in certified])
     check_dataset(chosen)
     check_classes(chosen.tensors[1], smooth.num_classes)
     generator = torch.Generator().manual_seed(seed)
     level = 1e-4 / max(len(certified) * restarts, 1)
     broken = 0
-    for row in tqdm(certified, desc="challenging", unit="image", disable=not progress):
+    for row in progress_bar(progress, certified, desc="challenging", unit="image"):
         device = next(smooth.parameters(), dataset.tensors[0]).device
         image = dataset.tensors[0][int(row["index"])].to(device)
         label = torch.tensor([int(row["prediction"])], device=device)

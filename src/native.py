@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -26,6 +27,9 @@ from src.quantized import INTEGERS, QuantizedConvNN, is_finite
 _SOURCE = Path(__file__).with_suffix(".c")
 # Making one call of a network by TorchScript takes about as long as a few thousand votes.
 WORTH_ONE_CALL = 20_000
+# A compiler that takes longer hangs; it is not asked again, in whatever precision.
+COMPILER_SECONDS = 20
+_HUNG: set[str] = set()
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 
 
@@ -184,12 +188,14 @@ def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
     """
     if precision != "float32":
         flags += (f"-D{precision.upper()}",)
+    compiler = os.environ.get("CC", "cc")
+    if compiler in _HUNG:
+        return None
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             target = Path(folder) / "native.so"
-            command = shlex.split(os.environ.get("CC", "cc"))
-            command += [*_FLAGS, *flags, str(_SOURCE), "-o", str(target)]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            command = shlex.split(compiler)
+            _run([*command, *_FLAGS, *flags, str(_SOURCE), "-o", str(target)])
             library = ctypes.CDLL(str(target))
         pointer, layer, number = ctypes.c_void_p, ctypes.POINTER(_Layer), ctypes.c_int
         library.scratch_size.restype = ctypes.c_size_t
@@ -201,10 +207,29 @@ def compiled(precision: str, *flags: str) -> ctypes.CDLL | None:
             library.gradients.argtypes = [pointer, number, number, layer, layer, layer]
             library.gradients.argtypes += [pointer] * 4
             library.gradients.restype = None
+    except subprocess.TimeoutExpired:
+        _HUNG.add(compiler)
+        return None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
         # No compiler, or one that does not make this library of C.
         return None
     return library
+
+
+def _run(command: list[str]) -> None:
+    """Run a command; if it fails or takes COMPILER_SECONDS, an error, and no child is left."""
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    # In a session of its own, so that what it started can be ended with it.
+    with subprocess.Popen(command, **quiet, start_new_session=True) as process:
+        try:
+            status = process.wait(COMPILER_SECONDS)
+        except BaseException:
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
 
 
 def fastest_precision(

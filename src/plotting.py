@@ -3,17 +3,28 @@
 The object interface of matplotlib is used throughout: no window, no global state.
 """
 
+import contextlib
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
 from src.files import whole_file
 from src.intervals import accuracy_interval
+
+# Files need no backend, and the name of one that is not installed (a notebook's, inherited by its
+# shell) would end the import of matplotlib: that is put back afterwards.
+_BACKEND = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+import matplotlib as mpl  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+if _BACKEND is not None:
+    os.environ["MPLBACKEND"] = _BACKEND
+    with contextlib.suppress(ValueError):
+        mpl.rcParams["backend"] = _BACKEND
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; one for each model or attack.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"

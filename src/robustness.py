@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from src.attacks import gradient_attack, pgd_attack, right, with_gradients
 from src.checks import check_count, check_dataset
@@ -15,6 +14,7 @@ from src.convnn import evaluation_form
 from src.intervals import accuracy_interval
 from src.strong_attacks import strongest_attack_stages
 from src.training_and_evaluation import correct
+from src.utils import progress_bar
 
 # The radii of the tables, in pixel units.
 RADII = (("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 1.0), ("l2", 2.0))
@@ -63,7 +63,7 @@ def attack_hits(
     """
     hits = {("none", "", 0.0): correct(model, dataset)}
     plan = [(name, attack, *ball) for ball in radii for name, attack in attacks(steps).items()]
-    for name, attack, norm, epsilon in tqdm(plan, desc="attacking", disable=not progress):
+    for name, attack, norm, epsilon in progress_bar(progress, plan, desc="attacking"):
         bounded = partial(attack, epsilon=epsilon, norm=norm)
         hits[name, norm, epsilon] = correct(model, dataset, attack=bounded)
     return hits
@@ -119,7 +119,7 @@ def hits_by_stage(
     hits = {}
     batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
     with evaluation_form(model) as network:
-        for images, labels in tqdm(batches, desc="attacking", disable=not progress):
+        for images, labels in progress_bar(progress, batches, desc="attacking"):
             images, labels = images.to(device), labels.to(device)
             stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
             standing = torch.ones(len(labels), dtype=torch.bool)

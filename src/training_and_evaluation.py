@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from src import distributed
 from src.attacks import attacked_batch, right, with_gradients
@@ -25,7 +24,7 @@ from src.convnn import evaluation_form
 from src.folded import FLOATS, check_precision
 from src.models import SmoothClassifier
 from src.optimisation import OPTIMIZERS, average_weights, shuffled, updater
-from src.utils import subset
+from src.utils import progress_bar, subset
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -174,8 +173,8 @@ def train_model(
     best_figure, best_state = -math.inf, None
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    hidden = not (progress and distributed.is_main())
-    with tqdm(total=updates, desc="training", unit="step", disable=hidden) as bar:
+    shown = progress and distributed.is_main()
+    with progress_bar(shown, total=updates, desc="training", unit="step") as bar:
         for epoch in range(1, epochs + 1):
             model.train()
             steps = []
@@ -336,7 +335,7 @@ def evaluate_robustness(
     )
 
     def rows() -> Iterator[dict]:
-        bar = tqdm(indices, desc="certifying", unit="image", disable=not progress)
+        bar = progress_bar(progress, indices, desc="certifying", unit="image")
         for index, image, label in zip(bar, images, labels.tolist(), strict=True):
             certificate = smooth_classifier.certify(
                 image, **settings, batch_size=batch_size, seed=seed, indices=[index]

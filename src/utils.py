@@ -2,13 +2,15 @@
 
 import os
 import random
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
-from src.checks import check_tensors
+from src.checks import check_count, check_tensors
 from src.distributed import processes
 from src.mnist_files import read_mnist
 
@@ -81,14 +83,28 @@ def subset(dataset: TensorDataset, indices: Sequence[int] | torch.Tensor) -> Ten
     return TensorDataset(*(tensor[numbers.to(tensor.device)] for tensor in dataset.tensors))
 
 
-def spread_indices(count: int, size: int) -> range:
-    """`size` of the numbers below `count` at equal distances, all of them if there are fewer."""
-    return range(0, count, max(count // size, 1))[:size]
+def spread_indices(count: int, size: int) -> list[int]:
+    """`size` of the numbers below `count`, ascending, from the first to the last (`size` 1: 0).
+
+    As even as whole numbers can be; all of them if there are no more.
+
+    Raises:
+        ValueError: unless `count` is a whole number of at least 0 and `size` one of at least 1.
+    """
+    check_count("count", count, 0)
+    check_count("size", size)
+    size = min(int(size), int(count))
+    return [i * (int(count) - 1) // max(size - 1, 1) for i in range(size)]
 
 
 def spread(dataset: TensorDataset, size: int) -> TensorDataset:
-    """`size` examples at equal distances, all of them if there are fewer."""
+    """`size` examples spread from the first to the last, all of them if there are fewer."""
     return subset(dataset, spread_indices(len(dataset), size))
+
+
+def progress_bar(shown: bool, *args, **options) -> tqdm:
+    """tqdm's bar of these arguments; none without `shown` or where stderr is closed."""
+    return tqdm(*args, disable=not shown or sys.stderr is None, **options)
 
 
 def get_device(name: str = "auto") -> torch.device:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from src import certification
 from src.certification import (
     abstain_p_value,
     certified_radius,
@@ -128,6 +129,115 @@ def test_bound_grows_with_successes_and_alpha_and_falls_with_trials(count, alpha
     assert lower_confidence_bound(k + 1, n + 1, alpha) >= bound
     assert lower_confidence_bound(k, n + 1, alpha) <= bound
     assert lower_confidence_bound(k, n, min(1.5 * alpha, 0.75)) >= bound
+
+
+def fraction(a, b, x):
+    """Continued fraction of the incomplete beta function (DLMF 8.17.22), by Lentz's method."""
+    c, d = mpmath.mpf(1), 1 / (1 - (a + b) * x / (a + 1))
+    total, m, factor = d, 0, mpmath.mpf(0)
+    while abs(factor - 1) > mpmath.mpf(10) ** -40:
+        m += 1
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / (1 + even * d)
+        c = 1 + even / c
+        total *= d * c
+        d = 1 / (1 + odd * d)
+        c = 1 + odd / c
+        factor = d * c
+        total *= factor
+    return total
+
+
+def excess(k, n, p, alpha):
+    """P(Binomial(n, p) >= k) - alpha to 25 digits or more, k < n, from the smaller tail."""
+    p, alpha = mpmath.mpf(float(p)), mpmath.mpf(float(alpha))
+    log_term = mpmath.loggamma(n + 1) - mpmath.loggamma(k + 1) - mpmath.loggamma(n - k + 1)
+    term = mpmath.exp(log_term + k * mpmath.log(p) + (n - k + 1) * mpmath.log1p(-p))
+    if k > n * p:
+        return term * fraction(k, n - k + 1, p) - alpha
+    return 1 - term * k / (n - k + 1) * fraction(n - k + 1, k, 1 - p) - alpha
+
+
+CORNERS = [
+    *((1, 1), (1, 2), (2, 3), (5, 6), (2, 380), (12, 13), (17, 18108), (2, 1000), (990, 1000)),
+    *((1328, 10**4), (9990, 10**4), (1425, 10**5), (3, 10**6), (500_000, 10**6), (5, 2**27)),
+    *((12, 1113023264), (2**30 - 7, 2**30), (2**29, 2**30), (3, 10**11)),
+    *((10**11 - 4, 10**11), (2**37 - 30, 2**37), (2**50, 2**50)),
+]
+# The corners of alpha, those above one half and the least that is accepted among them.
+ALPHAS = (1e-50, 1e-30, 1e-20, 1e-12, 1e-6, 1e-3, 0.025, 0.3, 0.5, np.nextafter(0.5, 1))
+ALPHAS += (0.6, 0.62436, 0.9, 0.95, 0.99, 0.999, 1 - 1e-9, 1 - 1e-15, 1 - 2**-53)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_bound_is_never_above_the_true_one_in_the_corners(alpha):
+    for k, n in CORNERS:
+        bound = lower_confidence_bound(k, n, alpha)
+        assert 0 < bound <= k / n
+        if k == n:
+            assert mpmath.mpf(float(bound)) < mpmath.mpf(float(alpha)) ** (mpmath.mpf(1) / n)
+        else:
+            assert excess(k, n, bound, alpha) < 0
+            # Not far below either, where it is not the share that bounds it.
+            above = bound * (1 + (1e-13 if n <= 2**27 and alpha <= 0.5 else 1e-6))
+            assert above >= k / n * (1 - 1e-6) or excess(k, n, above, alpha) > 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 12, 17, 40])
+@pytest.mark.parametrize("size", [6, 10, 14, 20, 27, 28, 33, 37])
+@pytest.mark.parametrize("alpha", [0.51, 0.68, 0.84, 0.97, 1 - 1e-7])
+def test_few_successes_are_bounded_soundly_above_one_half(k, size, alpha):
+    assert excess(k, 2**size, lower_confidence_bound(k, 2**size, alpha), alpha) < 0
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "alpha"),
+    [(5, 6, 6.3e-98), (1328, 10**4, 1e-150), (2, 1000, 1e-200), (1425, 10**5, 5e-324)],
+)
+def test_a_hopeless_alpha_is_refused(k, n, alpha):
+    with pytest.raises(ValueError, match="'alpha' must be at least 1e-50"):
+        lower_confidence_bound(k, n, alpha)
+
+
+@pytest.mark.parametrize("astray", [1e161, np.nan, -1.0, 0.9, np.inf])
+def test_a_quantile_that_went_astray_bounds_nothing(astray, monkeypatch):
+    monkeypatch.setattr(
+        certification.special, "betaincinv", lambda k, *_, **__: np.full(np.shape(k), astray)
+    )
+    bound = lower_confidence_bound(30, 100, 0.001)
+    assert 0 <= bound <= 0.3
+    assert excess(30, 100, max(bound, 1e-300), 0.001) < 0
+
+
+@pytest.mark.parametrize("alpha", [1e-50, 1e-12, 0.001, 0.5, 0.6, 0.999, 1 - 2**-53])
+@pytest.mark.parametrize("n", [1, 7, 1000, 2**17, 2**30, 2**37])
+def test_bound_grows_with_successes_in_the_corners(n, alpha):
+    k = np.unique(np.clip([*range(60), *(n // 2 + i for i in range(60)), *range(n - 60, n)], 0, n))
+    bounds = lower_confidence_bound(k, n, alpha)
+    assert np.all(np.diff(bounds) >= 0)
+    assert np.all((bounds >= 0) & (bounds <= k / n))
+
+
+def test_more_trials_than_scipy_can_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="'trials' must be at most"):
+        lower_confidence_bound(5, 2**37 + 1, 0.001)
+    # All of them successes have a closed form.
+    assert minimum_trials(0.001, 1 - 1e-13) == pytest.approx(np.log(1000) * 1e13, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 17, 24, 30, 37])
+@pytest.mark.parametrize("deviations", [0, 1.1, 3.2, 7, 25])
+def test_abstention_p_value_is_rounded_up(size, deviations):
+    more = min(2 ** (size - 1) + 1 + int(deviations * 2 ** (size / 2 - 1)), 2**size)
+    exact = 2 * excess(more, 2**size, 0.5, 0.0)
+    p_value = abstain_p_value(more, 2**size - more)
+    assert min(exact, 1) <= p_value <= exact * (1 + 1e-3) + 1e-300
+
+
+def test_a_radius_that_overflows_is_finite():
+    assert certified_radius(1 - 1e-9, 1e308) == pytest.approx(1e308)
+    assert certified_radius(1.0, 0.5) == np.inf
 
 
 @pytest.mark.parametrize("n", [1, 7, 50, 400])

@@ -60,6 +60,26 @@ def test_attack_stays_in_ball_and_box_and_reaches_the_boundary(certified):
     assert torch.allclose(moved[:3], radii[:3], rtol=0.02)
 
 
+@pytest.mark.parametrize(("images", "largest", "smallest"), [(50, 0.99, 0.01), (1, 0.99, 0.99)])
+def test_choice_is_spread_over_the_radii_up_to_the_largest(monkeypatch, images, largest, smallest):
+    tried = []
+
+    def attack(smooth, image, label, radius, **options):
+        tried.append(float(radius[0]))
+        return image
+
+    monkeypatch.setattr("src.challenge.smoothed_attack", attack)
+    rows = [{"index": 0, "prediction": 0, "radius": k / 100} for k in range(1, 100)]
+    rows.append({"index": 0, "prediction": -1, "radius": 0})
+    smooth = SmoothClassifier(HalfSpace(4.0), 0.5, num_classes=2)
+    dataset = TensorDataset(torch.full((1, 1, 28, 28), 0.5), torch.zeros(1, dtype=torch.int64))
+    options = {"images": images, "n": 20, "progress": False}
+    assert challenge_certificates(smooth, dataset, rows, **options)[1] == images
+    assert len(tried) == images
+    assert max(tried) == pytest.approx(largest)
+    assert min(tried) == pytest.approx(smallest)
+
+
 def test_allowed_breaks_follow_the_binomial():
     assert broken_allowed(1, 0.001) == 0
     assert broken_allowed(100, 0.001) == 2

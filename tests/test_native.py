@@ -4,6 +4,8 @@ import itertools
 import os
 import shlex
 import shutil
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -264,6 +266,22 @@ def test_without_a_good_compiler_there_is_no_library(compiler, fresh, monkeypatc
     monkeypatch.setenv("CC", compiler)
     assert compiled("float32") is None
     assert not isinstance(voting_form(trained(), "float32"), NativeConvNN)
+
+
+def test_a_compiler_that_hangs_is_given_up_once_with_its_children(fresh, monkeypatch, tmp_path):
+    compiler, started = tmp_path / "cc", tmp_path / "started"
+    compiler.write_text(f"#!/bin/sh\nsleep 60 &\necho $! >> '{started}'\nwait\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr("src.native.COMPILER_SECONDS", 0.5)
+    start = time.monotonic()
+    assert [compiled(precision) for precision in PRECISIONS] == [None] * len(PRECISIONS)
+    assert time.monotonic() - start < 5
+    (child,) = started.read_text().split()
+    # A moment later it has ended, or is a zombie that waits for its new parent.
+    time.sleep(0.2)
+    state = Path("/proc", child, "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_another_shape_is_refused():

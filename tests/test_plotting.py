@@ -1,6 +1,7 @@
 """Figures: real files, and the data that is drawn is the data that was given."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -256,3 +257,20 @@ def test_rows_and_figures_need_no_torch():
     code += "sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg", ""])
+def test_files_need_no_backend_and_the_setting_stays(backend, tmp_path):
+    # The first is what a notebook's terminal inherits, here as if that package were not there.
+    code = f"""
+import os, sys
+sys.modules["matplotlib_inline"] = None
+import src.plotting, matplotlib
+src.plotting.Figure().savefig({str(tmp_path / "figure.png")!r})
+assert os.environ["MPLBACKEND"] == {backend!r}
+assert {backend!r} != "svg" or matplotlib.rcParams["backend"] == "svg"
+"""
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=root)
+    assert (tmp_path / "figure.png").exists()

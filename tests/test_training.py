@@ -21,6 +21,7 @@ from src.training_and_evaluation import (
     trades_loss,
     train_model,
 )
+from src.utils import progress_bar
 from tests.helpers import halves, linear
 
 
@@ -372,3 +373,13 @@ def test_three_channels_are_shifted_alike_and_trained_on():
     dataset = TensorDataset(images, labels)
     train_model(model, dataset, epochs=4, batch_size=16, warp=0.05, progress=False)
     assert accuracy(model, dataset) == 1
+
+
+def test_without_stderr_there_is_no_bar_and_no_failure(monkeypatch):
+    # What `2>&-` makes of it.
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(progress_bar(True, range(3), desc="three")) == [0, 1, 2]
+    with progress_bar(True, total=3) as bar:
+        bar.update(3)
+    dataset = halves(64)
+    train_model(linear(), dataset, loss=standard_loss, epochs=1, batch_size=32)

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import to_tensor
 from src import mnist_files, mnist_sources
 from src.mnist_files import ensure_mnist
 from src.mnist_sources import FILES, RawFile
-from src.utils import get_device, hold_out, load_mnist, seed_everything, subset
+from src.utils import get_device, hold_out, load_mnist, seed_everything, spread_indices, subset
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -110,6 +110,34 @@ def test_subset_may_be_empty_or_a_range():
     dataset = TensorDataset(torch.arange(5))
     assert len(subset(dataset, [])) == 0
     assert subset(dataset, range(0, 5, 2)).tensors[0].tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(399, 200), (10_000, 6000), (10_000, 1000), (10, 3), (5, 2), (2**60, 7)]
+)
+def test_spread_reaches_from_the_first_to_the_last(count, size):
+    numbers = spread_indices(count, size)
+    gaps = np.diff(numbers)
+    assert (len(numbers), numbers[0], numbers[-1]) == (size, 0, count - 1)
+    # As even as whole numbers can be.
+    assert gaps.min() == (count - 1) // (size - 1) >= 1
+    assert gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_spread_takes_all_if_there_are_no_more_and_one_is_the_first(count):
+    for size in (7, 8, 100):
+        assert list(spread_indices(count, size)) == list(range(count))
+    assert list(spread_indices(count, 1)) == [0][:count]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "name"),
+    [(-1, 2, "count"), (2.5, 2, "count"), (5, 0, "size"), (5, -3, "size")],
+)
+def test_spread_refuses_what_is_no_count(count, size, name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        spread_indices(count, size)
 
 
 @pytest.mark.parametrize("indices", [[3], [-1], [0.5], [True, False, True]])
@@ -253,11 +281,80 @@ def test_each_source_is_asked_for_what_is_still_missing(tmp_path, small, monkeyp
     assert read(ensure_mnist(tmp_path)) == small
 
 
-def test_published_archives_put_there_by_hand_are_enough(tmp_path, small, monkeypatch):
+def test_published_archives_put_there_by_hand_are_enough(tmp_path, small):
     archives = {f"{name}.gz": gzip.compress(content) for name, content in small.items()}
     write(tmp_path / "MNIST" / "raw", archives)
-    use_sources(monkeypatch, mnist_sources.unpack_archives)
     assert read(ensure_mnist(tmp_path)) == small | archives
+
+
+OTHER_PLACES = ["", "raw", "MNIST", "MNIST/raw"]
+
+
+@pytest.mark.parametrize("place", OTHER_PLACES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mark", ["-idx", ".idx"])
+def test_the_digest_decides_and_not_the_name(tmp_path, small, place, packed, mark):
+    there = {}
+    for name, content in small.items():
+        name = name.replace("-idx", mark) + ".gz" * packed
+        there[name] = gzip.compress(content) if packed else content
+    write(tmp_path / place, there)
+    images, labels = mnist_files.read_mnist("test", tmp_path)
+    assert images.tobytes() == small[TEST_IMAGES][16:]
+    assert labels.tobytes() == small[TEST_LABELS][8:]
+    assert read(ensure_mnist(tmp_path)).items() >= small.items()
+
+
+def test_other_names_need_no_permission(tmp_path, small, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    # Root may write anywhere, so a folder without permissions would prove nothing here.
+    monkeypatch.setattr(mnist_files, "_lock", refused)
+    write(tmp_path, small)
+    assert len(mnist_files.read_mnist("train", tmp_path)[0]) == 60
+
+
+@pytest.mark.parametrize("place", ["", "MNIST/raw"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("names", [list(FILES), [TRAIN_IMAGES], [TEST_LABELS]])
+@pytest.mark.parametrize("count", [10, 60, 70])
+def test_other_data_by_these_names_are_left_alone(
+    tmp_path, small, monkeypatch, place, packed, names, count
+):
+    # As Fashion-MNIST (of the same sizes) or EMNIST are.
+    there = {}
+    for name in names:
+        raw = RawFile("", (count, *FILES[name].shape[1:]))
+        content = raw.header + random.Random(0).randbytes(raw.size - len(raw.header))
+        there[name + ".gz" * packed] = gzip.compress(content) if packed else content
+    write(tmp_path / place, there)
+    use_sources(monkeypatch, lambda *_: pytest.fail("a source was asked"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="holds other data"):
+        load_mnist("train", tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read(tmp_path / place).items() >= there.items()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such pipes")
+@pytest.mark.parametrize("name", [TEST_LABELS, f"{TEST_LABELS}.gz", "t10k-labels.idx1-ubyte"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, raw, small, monkeypatch, name):
+    (raw / TEST_LABELS).unlink()
+    os.mkfifo(raw / name)
+    use_sources(monkeypatch, lambda incoming, _: write(incoming, small))
+    ensure_mnist(tmp_path)
+    assert (raw / TEST_LABELS).read_bytes() == small[TEST_LABELS]
+
+
+def test_as_a_command_without_a_folder_it_fails_in_one_sentence(tmp_path):
+    (tmp_path / "data").write_text("a file, not a folder")
+    command = [sys.executable, "-m", "src.mnist_files"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: MNIST lacks")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_download_that_hangs_is_given_up(tmp_path, small, monkeypatch, capsys):
@@ -355,7 +452,11 @@ def test_a_killed_process_blocks_nobody(mnist_root, tmp_path):
     killed.send_signal(signal.SIGKILL)
     assert killed.wait(10) == -signal.SIGKILL
     assert not any((root / "MNIST" / "raw").iterdir())
+    # It died while the file was written, too.
+    (root / "MNIST" / "raw" / f".{TRAIN_LABELS}-abc").touch()
     assert start(mnist_root, root, log, 0).wait(60) == 0
+    # What it left went with the next.
+    assert {path.name for path in root.iterdir()} == {"MNIST", ".mnist-lock"}
     assert {path.name for path in (root / "MNIST" / "raw").iterdir()} == set(FILES)
 
 
