@@ -40,7 +40,6 @@ TRAINING += ("training_precision", "optimizer", "warp", "attack_draws", "weight_
 
 def main(argv=None):
     args = parse(option_parser(), argv, epochs=1, every=50, n=500)
-    args.precision = args.precision or args.training_precision
     minimum_successes(args.n, ALPHA)  # Refuses an n that could not certify anything.
     device = get_device(args.device)
     seed_everything(args.seed)
@@ -111,7 +110,7 @@ def trained(path, args, device):
             f"{path} was trained with {trained_with}, which is not what the options say; "
             "give the same options, or leave out --resume to train again."
         )
-    return SmoothClassifier(network, args.sigma, precision=args.precision)
+    return SmoothClassifier(network, args.sigma, precision=args.precision or args.training_precision)
 
 
 def train(images, held_out, args, device):
@@ -121,9 +120,10 @@ def train(images, held_out, args, device):
         f"{args.method}, on {len(images):,} images, {device}"
     )
     network = ConvNN(args.channels, args.hidden)
-    smooth = SmoothClassifier(network, args.sigma, precision=args.precision).to(device)
+    precision = args.precision or args.training_precision
+    smooth = SmoothClassifier(network, args.sigma, precision=precision).to(device)
     # Refuses a precision that the device lacks now, not after the training.
-    network.inference_form(args.precision)
+    network.inference_form(precision)
     history = train_model(
         smooth,
         images,
