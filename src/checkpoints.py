@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from torch import Tensor
 
 from src.files import whole_file
 from src.models import ConvNN
+from src.untouched import alteration
+
+# What scripts rely on in the facts.
+_KINDS = {"sigma": float, "epsilon": float, "seconds": float, "seed": int, "threads": int}
+_KINDS |= {"options": dict, "versions": dict, "command": str, "commit": str, "device": str}
+_KIND_NAMES = {float: "number", int: "whole number", dict: "dictionary", str: "string"}
 
 _FORMAT = "ConvNN checkpoint 2"
 
@@ -25,15 +32,20 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
         facts: numbers, strings, and lists and dictionaries of them: seed, sigma, options.
 
     Raises:
-        ValueError: if `model` is not a ConvNN.
+        ValueError: if `model` is not a ConvNN as it is made, which is all that can be kept, and for
+            a fact of another kind than its name says.
         TypeError: if `facts` cannot be written as JSON.
         OSError: if the file cannot be written.
     """
     if not isinstance(model, ConvNN):
         raise ValueError(f"'model' is a {type(model).__name__}; save its ConvNN.")
+    if reason := _lost(model):
+        raise ValueError(f"'model' cannot be kept in a checkpoint: {reason}; save a plain ConvNN.")
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     # Through JSON, so that plain values are left, which a safe reader accepts.
     facts = json.loads(json.dumps(facts))
+    if wrong := _wrong_fact(facts):
+        raise ValueError(wrong)
     content = {
         "format": _FORMAT,
         "config": model.config,
@@ -67,14 +79,51 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     if not intact:
         raise ValueError(f"{path} is damaged: its content does not match its digest.")
     try:
+        # First without memory, of which an absurd description may ask for too much.
+        with torch.device("meta"):
+            described = ConvNN(**content["config"]).state_dict()
+        if _layout(described) != _layout(content["weights"]):
+            raise ValueError
         model = ConvNN(**content["config"])
         model.load_state_dict(content["weights"])
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"{path} holds another architecture than its description {content['config']}."
         ) from None
+    if wrong := _wrong_fact(content["facts"]):
+        raise ValueError(f"{path} is damaged: {wrong}")
     model.facts = content["facts"]
     return model.to(device).eval()
+
+
+def _lost(model: ConvNN) -> str:
+    """What of a network a checkpoint would lose, in words; "" for nothing."""
+    if type(model) is not ConvNN:
+        return f"it is a {type(model).__name__}"
+    if reason := alteration(model):
+        return reason
+    now, before = model.thresholds, model.config.get("thresholds")
+    return "" if (now and list(now)) == before else "its thresholds were set after it was made"
+
+
+def _wrong_fact(facts: dict) -> str:
+    """A sentence on a fact that is of another kind than its name says; "" if there is none."""
+    for name, kind in _KINDS.items():
+        value = facts.get(name, kind())
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is float:
+            lowest = sys.float_info.min if name == "sigma" else 0
+            # A whole number may be larger than any float; a NaN fails both comparisons.
+            valid = name not in facts or (number and lowest <= value <= sys.float_info.max)
+        else:
+            valid = isinstance(value, kind) and (kind is not int or (number and value >= 0))
+        if not valid:
+            return f"its '{name}' is not a valid {_KIND_NAMES[kind]}."
+    return ""
+
+
+def _layout(weights: dict[str, Tensor]) -> dict:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:

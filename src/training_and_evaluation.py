@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from src import distributed
-from src.checks import check_count, check_number
+from src.checks import check_count, check_function, check_number
 from src.convnn import evaluation_form
 from src.folded import FLOATS, check_precision
 from src.models import SmoothClassifier
@@ -233,7 +233,9 @@ def accuracy(
         device: where to compute; default: where the model is.
 
     Raises:
-        ValueError: if the data set is empty.
+        ValueError: if the data set is empty; if the model's answer to an image depends on its
+            batch, or changes from call to call under an attack (without one, that is warned of,
+            but for a SmoothClassifier, which then makes one noisy draw).
     """
     if not len(dataset):
         raise ValueError("'dataset' has no images.")
@@ -253,7 +255,11 @@ def correct(
     check_count("batch_size", batch_size)
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = []
-    with evaluation_form(model) as network:
+    # The noise of a SmoothClassifier is meant to change; under attack it would pass for a success.
+    noisy = attack is None and isinstance(model, SmoothClassifier)
+    checked = model.base_classifier if noisy else model
+    check_function(checked, dataset.tensors[0][:4].to(device), may_change=attack is None)
+    with evaluation_form(model, probe=True) as network:
         for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
             images, labels = images.to(device), labels.to(device)
             if attack is not None:
