@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -15,10 +16,11 @@ from src.files import whole_file
 from src.models import ConvNN
 from src.untouched import alteration
 
-# What scripts rely on in the facts.
-_KINDS = {"sigma": float, "epsilon": float, "seconds": float, "seed": int, "threads": int}
-_KINDS |= {"options": dict, "versions": dict, "command": str, "commit": str, "device": str}
-_KIND_NAMES = {float: "number", int: "whole number", dict: "dictionary", str: "string"}
+# What scripts rely on in the facts: their types, and the least of those that are numbers.
+_TYPES = {"options": dict, "versions": dict, "command": str, "commit": str, "device": str}
+_TYPES |= {"sigma": int | float, "epsilon": int | float, "seconds": int | float}
+_TYPES |= {"seed": int, "threads": int}
+_LEAST = {"sigma": math.ulp(0.0), "epsilon": 0, "seconds": 0, "seed": 0, "threads": 0}
 
 _FORMAT = "ConvNN checkpoint 2"
 
@@ -45,7 +47,9 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
     # Through JSON, so that plain values are left, which a safe reader accepts.
     facts = json.loads(json.dumps(facts))
     if wrong := _wrong_fact(facts):
-        raise ValueError(wrong)
+        raise ValueError(
+            f"The fact '{wrong}' has a value of another kind; load_checkpoint refuses it."
+        )
     content = {
         "format": _FORMAT,
         "config": model.config,
@@ -91,7 +95,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
             f"{path} holds another architecture than its description {content['config']}."
         ) from None
     if wrong := _wrong_fact(content["facts"]):
-        raise ValueError(f"{path} is damaged: {wrong}")
+        raise ValueError(f"{path} is damaged: its fact '{wrong}' has a value of another kind.")
     model.facts = content["facts"]
     return model.to(device).eval()
 
@@ -107,18 +111,13 @@ def _lost(model: ConvNN) -> str:
 
 
 def _wrong_fact(facts: dict) -> str:
-    """A sentence on a fact that is of another kind than its name says; "" if there is none."""
-    for name, kind in _KINDS.items():
-        value = facts.get(name, kind())
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind is float:
-            lowest = sys.float_info.min if name == "sigma" else 0
-            # A whole number may be larger than any float; a NaN fails both comparisons.
-            valid = name not in facts or (number and lowest <= value <= sys.float_info.max)
-        else:
-            valid = isinstance(value, kind) and (kind is not int or (number and value >= 0))
-        if not valid:
-            return f"its '{name}' is not a valid {_KIND_NAMES[kind]}."
+    """The name of a fact whose value is of another kind than it should be; "" if there is none."""
+    for name in facts.keys() & _TYPES:
+        value, least = facts[name], _LEAST.get(name)
+        valid = isinstance(value, _TYPES[name]) and not isinstance(value, bool)
+        # A NaN fails both comparisons, and a whole number may be larger than any float.
+        if not valid or (least is not None and not least <= value <= sys.float_info.max):
+            return name
     return ""
 
 

@@ -107,11 +107,19 @@ def check_function(model: nn.Module, images: Tensor, *, may_change: bool = False
     few = images[:4]
     if not len(few):
         return
-    others = torch.rand(few.shape, generator=torch.Generator().manual_seed(0))
+    # A seed that nobody else takes: others must not be the very same images.
+    others = torch.rand(few.shape, generator=torch.Generator().manual_seed(0xC0FFEE))
     batch = torch.cat([few, others.to(few)])
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices), evaluation_mode(model):
         first, again, alone = (model(part) for part in (batch, batch, batch[:1]))
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            f"'model' returned a {type(first).__name__}; expected logits (B, classes)."
+        )
+    if first.dim() != 2 or len(first) != len(batch):
+        # Left to those who use the logits, who know what they expect.
+        return
     rounding = _rounding(first)
     if not same(again, first, rounding):
         text = "'model' answers differently when it is asked about the same images again"
@@ -136,7 +144,7 @@ def same(found: Tensor, expected: Tensor, tolerance: Tensor) -> bool:
 
 def _rounding(logits: Tensor) -> Tensor:
     """By how much rounding may move the logits (B, classes) of each class, (classes,)."""
-    exact = torch.finfo(logits.dtype).eps
+    exact = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 0.0
     if torch.is_autocast_enabled(logits.device.type):
         exact = torch.finfo(torch.bfloat16).eps
     elif logits.is_cuda:

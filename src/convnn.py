@@ -11,7 +11,7 @@ from src.checks import check_count, check_shape, evaluation_mode
 from src.folded import FLOATS, FoldedConvNN, check_precision, ramp
 from src.native_gradient import attacked_form
 from src.quantized import QuantizedConvNN
-from src.untouched import agrees, alteration, is_untouched, unwrapped
+from src.untouched import agrees, alteration, is_ramp, is_untouched, unwrapped
 
 # Of a layer: wider ones fit into no memory.
 WIDEST = 2**20
@@ -59,10 +59,9 @@ class ConvNN(nn.Module):
         # Left out if it is the default, so that older checkpoints keep their digests.
         self.config |= {"pooled": True} if pooled else {}
         if thresholds is not None:
-            low, high = map(float, thresholds)
-            if not 0 <= low < high <= 1:
+            if not is_ramp(thresholds):
                 raise ValueError(f"'thresholds' = {thresholds} must be 0 <= low < high <= 1.")
-            self.config |= {"thresholds": [low, high]}
+            self.config |= {"thresholds": [float(value) for value in thresholds]}
         self.thresholds = self.config.get("thresholds")
         self.halve = nn.MaxPool2d(2) if pooled else nn.Identity()
         stride = 1 if pooled else 2
@@ -84,14 +83,16 @@ class ConvNN(nn.Module):
             ValueError: for another shape.
         """
         check_shape(images)
-        images = ramp(images, self.thresholds).to(self.conv1.weight.dtype)
+        images = ramp(images, self.thresholds).to(next(self.parameters(), images).dtype)
         features = self.halve(F.relu(self.norm1(self.conv1(images))))
         features = self.halve(F.relu(self.norm2(self.conv2(features)))).flatten(1)
         if self.hidden is not None:
             features = F.relu(self.hidden(features))
         # In float32 under autocast too: eight bits would tie the two largest logits now and then.
+        if torch.is_autocast_enabled(images.device.type):
+            features = features.float()
         with torch.autocast(images.device.type, enabled=False):
-            return self.output(features.to(self.output.weight.dtype))
+            return self.output(features)
 
     def inference_form(self, precision: str = "float32") -> nn.Module:
         """A copy for evaluation only, the same function up to rounding, and faster.

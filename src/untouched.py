@@ -66,7 +66,7 @@ def alteration(network: nn.Module) -> str:
         return f"it is in {', '.join(sorted({str(value.dtype) for value in values}))}"
     if len({value.device for value in values}) > 1:
         return "it is on several devices"
-    return "" if _is_ramp(network.thresholds) else f"its thresholds are {network.thresholds!r}"
+    return "" if is_ramp(network.thresholds) else f"its thresholds are {network.thresholds!r}"
 
 
 def is_untouched(network: nn.Module) -> bool:
@@ -101,7 +101,8 @@ def _made(kind: type, config: tuple) -> dict:
     return dict(_contents(*named) for named in network.named_modules(remove_duplicate=False))
 
 
-def _is_ramp(thresholds) -> bool:
+def is_ramp(thresholds) -> bool:
+    """Whether `thresholds` are None or 0 <= low < high <= 1."""
     try:
         low, high = (0, 1) if thresholds is None else thresholds
         return 0 <= low < high <= 1
@@ -119,8 +120,8 @@ def agrees(form: nn.Module, network: nn.Module, precision: str) -> bool:
     images = _probe().to(network.output.weight.device)
     with evaluation_mode(network), torch.autocast(images.device.type, enabled=False):
         found, expected = form(images), network(images)
-    largest = expected.nan_to_num(0, 0, 0).abs().max() + network.output.bias.abs().max()
-    return same(found, expected, TOLERANCES[precision] * largest.nan_to_num(0))
+    largest = sum(v.nan_to_num(0, 0, 0).abs().max() for v in (expected, network.output.bias))
+    return same(found, expected, TOLERANCES[precision] * largest)
 
 
 @functools.cache
