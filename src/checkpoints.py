@@ -112,7 +112,7 @@ def _lost(model: ConvNN) -> str:
 
 def _wrong_fact(facts: dict) -> str:
     """The name of a fact whose value is of another kind than it should be; "" if there is none."""
-    for name in facts.keys() & _TYPES:
+    for name in filter(facts.__contains__, _TYPES):
         value, least = facts[name], _LEAST.get(name)
         valid = isinstance(value, _TYPES[name]) and not isinstance(value, bool)
         # A NaN fails both comparisons, and a whole number may be larger than any float.

@@ -290,7 +290,9 @@ class SmoothClassifier(nn.Module):
         """Each image (1, 28, 28) with the key of its noise, after the checks they share."""
         check_images(images, dims=(3, 4))
         check_count("seed", seed, 0)
-        if isinstance(unwrapped(self.base_classifier), ConvNN) and images.shape[-3:] != (1, 28, 28):
+        network = unwrapped(self.base_classifier)
+        own = type(network).forward is ConvNN.forward and not has_hooks(network)
+        if own and images.shape[-3:] != (1, 28, 28):
             raise ValueError(
                 f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28) or (1, 28, 28)."
             )

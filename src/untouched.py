@@ -37,8 +37,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks of any kind hang on this very module, or on all modules."""
-    return any(map(vars(module).get, _HOOKS)) or any(_GLOBAL_HOOKS)
+    """Whether hooks of any kind hang on this very module."""
+    return any(map(vars(module).get, _HOOKS))
 
 
 def alteration(network: nn.Module) -> str:
@@ -49,6 +49,8 @@ def alteration(network: nn.Module) -> str:
     """
     if "inference_form" not in vars(type(network)):
         return f"it is a {type(network).__name__}"
+    if any(_GLOBAL_HOOKS):
+        return "there are hooks on all modules"
     modules = list(network.named_modules(remove_duplicate=False))
     for name, module in modules:
         if has_hooks(module):

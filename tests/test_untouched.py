@@ -156,6 +156,7 @@ def test_hooks_on_all_modules_count_too():
     model, hook = network(), nn.modules.module.register_module_forward_hook(lambda *given: None)
     try:
         assert "hooks" in alteration(model)
+        SmoothClassifier(model, 0.5).certify(images_of(1), n=50)
     finally:
         hook.remove()
     assert is_untouched(model)
@@ -419,6 +420,14 @@ def test_networks_and_images_of_any_precision_work(dtype, given):
     rows = [{"index": 0, "prediction": int(labels[0]), "radius": 0.01}]
     assert challenge_certificates(smooth, data, rows, images=1, n=50, progress=False)[1] == 1
     assert certificate.radius.dtype == torch.float64
+
+
+def test_a_hook_may_change_the_size_of_the_images():
+    model = network()
+    model.register_forward_pre_hook(lambda module, given: (given[0][..., 2:30, 2:30],))
+    images = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = model(images[None]).argmax(1)[0]
+    assert SmoothClassifier(model, 1e-6).certify(images, n=50).prediction == expected
 
 
 def test_another_network_in_float64_votes_in_it():
