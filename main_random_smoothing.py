@@ -110,7 +110,9 @@ def trained(path, args, device):
             f"{path} was trained with {trained_with}, which is not what the options say; "
             "give the same options, or leave out --resume to train again."
         )
-    return SmoothClassifier(network, args.sigma, precision=args.precision or args.training_precision)
+    return SmoothClassifier(
+        network, args.sigma, precision=args.precision or args.training_precision
+    )
 
 
 def train(images, held_out, args, device):

@@ -140,8 +140,8 @@ def _ascend(space: Space, look: Callable, points: Tensor, chosen: Tensor, steps:
     value, gradient, _ = look(points, chosen)
     run = {"chosen": chosen, "points": points, "before": points, "gradient": gradient}
     run |= {"value": value, "best": value, "best_points": points, "best_gradient": gradient}
-    run |= {"size": torch.full_like(value, 2.0), "rises": torch.zeros_like(value)}
-    run |= {"best_then": value, "halved": torch.zeros_like(value, dtype=torch.bool)}
+    run |= {"size": torch.full_like(value, 2.0, dtype=points.dtype), "best_then": value}
+    run |= {"rises": torch.zeros_like(value), "halved": torch.zeros_like(value, dtype=torch.bool)}
     ends, begin = _checkpoints(steps), 0
     for step in range(1, steps + 1):
         points, chosen = run["points"], run["chosen"]

@@ -272,7 +272,8 @@ class Worst:
     def keep(self, points: Tensor, chosen, value: Tensor, success: Tensor) -> None:
         """Keep `points`, of the `chosen` images, where they beat the worst so far."""
         before, highest = self.success[chosen], self.value[chosen]
-        value = known(value)
+        # A network in float64 may be given images in float32.
+        value = known(value).to(highest.dtype)
         better = (success & ~before) | ((success == before) & (value > highest))
         self.points[chosen] = torch.where(better[:, None, None, None], points, self.points[chosen])
         self.value[chosen] = torch.where(better, value, highest)

@@ -66,7 +66,7 @@ def smoothed_attack(
     start = torch.randn(images.shape, generator=generator).to(images)
     noise = torch.randn((draws, *images.shape), generator=generator).to(images) * smooth.sigma
     points = _within(images, images + radii * start, radii)
-    with evaluation_form(smooth.base_classifier) as base:
+    with evaluation_form(smooth.base_classifier, probe=True) as base:
         for _ in range(steps):
             points = points.detach().requires_grad_()
             # A copy: autograd refuses classes that were made in inference mode.

@@ -156,7 +156,7 @@ def _signs(model: nn.Module, dataset: TensorDataset, batch_size: int = 1000) -> 
     """Check -> for which images its sign shows, bool (N,)."""
     device = next(model.parameters(), dataset.tensors[0]).device
     parts = []
-    with evaluation_form(model) as network:
+    with evaluation_form(model, probe=True) as network:
         for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
             images = images.to(device).clone().requires_grad_()
             labels = labels.to(device).clone()

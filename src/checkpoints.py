@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import math
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +14,13 @@ from torch import Tensor
 
 from src.files import whole_file
 from src.models import ConvNN
+from src.untouched import alteration
+
+# What scripts rely on in the facts: their types, and the least of those that are numbers.
+_TYPES = {"options": dict, "versions": dict, "command": str, "commit": str, "device": str}
+_TYPES |= {"sigma": int | float, "epsilon": int | float, "seconds": int | float}
+_TYPES |= {"seed": int, "threads": int}
+_LEAST = {"sigma": math.ulp(0.0), "epsilon": 0, "seconds": 0, "seed": 0, "threads": 0}
 
 _FORMAT = "ConvNN checkpoint 2"
 
@@ -25,15 +34,22 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
         facts: numbers, strings, and lists and dictionaries of them: seed, sigma, options.
 
     Raises:
-        ValueError: if `model` is not a ConvNN.
+        ValueError: if `model` is not a ConvNN as it is made, which is all that can be kept, and for
+            a fact of another kind than its name says.
         TypeError: if `facts` cannot be written as JSON.
         OSError: if the file cannot be written.
     """
     if not isinstance(model, ConvNN):
         raise ValueError(f"'model' is a {type(model).__name__}; save its ConvNN.")
+    if reason := _lost(model):
+        raise ValueError(f"'model' cannot be kept in a checkpoint: {reason}; save a plain ConvNN.")
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     # Through JSON, so that plain values are left, which a safe reader accepts.
     facts = json.loads(json.dumps(facts))
+    if wrong := _wrong_fact(facts):
+        raise ValueError(
+            f"The fact '{wrong}' has a value of another kind; load_checkpoint refuses it."
+        )
     content = {
         "format": _FORMAT,
         "config": model.config,
@@ -70,14 +86,46 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     if not intact:
         raise ValueError(f"{path} is damaged: its content does not match its digest.")
     try:
+        # First without memory, of which an absurd description may ask for too much.
+        with torch.device("meta"):
+            described = ConvNN(**content["config"]).state_dict()
+        if _layout(described) != _layout(content["weights"]):
+            raise ValueError
         model = ConvNN(**content["config"])
         model.load_state_dict(content["weights"])
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"{path} holds another architecture than its description {content['config']}."
         ) from None
+    if wrong := _wrong_fact(content["facts"]):
+        raise ValueError(f"{path} is damaged: its fact '{wrong}' has a value of another kind.")
     model.facts = content["facts"]
     return model.to(device).eval()
+
+
+def _lost(model: ConvNN) -> str:
+    """What of a network a checkpoint would lose, in words; "" for nothing."""
+    if type(model) is not ConvNN:
+        return f"it is a {type(model).__name__}"
+    if reason := alteration(model):
+        return reason
+    now, before = model.thresholds, model.config.get("thresholds")
+    return "" if (now and list(now)) == before else "its thresholds were set after it was made"
+
+
+def _wrong_fact(facts: dict) -> str:
+    """The name of a fact whose value is of another kind than it should be; "" if there is none."""
+    for name in filter(facts.__contains__, _TYPES):
+        value, least = facts[name], _LEAST.get(name)
+        valid = isinstance(value, _TYPES[name]) and not isinstance(value, bool)
+        # A NaN fails both comparisons, and a whole number may be larger than any float.
+        if not valid or (least is not None and not least <= value <= sys.float_info.max):
+            return name
+    return ""
+
+
+def _layout(weights: dict[str, Tensor]) -> dict:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import operator
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -156,3 +157,66 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@torch.no_grad()
+def check_function(model: nn.Module, images: Tensor, *, may_change: bool = False) -> None:
+    """Raise ValueError unless `model` answers an image alone as in a batch, and again the same.
+
+    A few of the `images` are asked about, among random ones. Differences of rounding are allowed.
+
+    Args:
+        model: images -> logits (B, classes), run in evaluation mode.
+        images: (B, ...) in [0, 1], where the model is.
+        may_change: only warn if an answer changes between two calls.
+    """
+    few = images[:4]
+    if not len(few):
+        return
+    # A seed that nobody else takes: others must not be the very same images.
+    others = torch.rand(few.shape, generator=torch.Generator().manual_seed(0xC0FFEE))
+    batch = torch.cat([few, others.to(few)])
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices), evaluation_mode(model):
+        first, again, alone = (model(part) for part in (batch, batch, batch[:1]))
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            f"'model' returned a {type(first).__name__}; expected logits (B, classes)."
+        )
+    if first.dim() != 2 or len(first) != len(batch):
+        # Left to those who use the logits, who know what they expect.
+        return
+    rounding = _rounding(first)
+    if not same(again, first, rounding):
+        text = "'model' answers differently when it is asked about the same images again"
+        if not may_change:
+            raise ValueError(
+                f"{text}: judge it without its randomness (of a SmoothClassifier attack the "
+                "base_classifier, or use challenge_certificates)."
+            )
+        warnings.warn(f"{text}: the result is that of one draw.", stacklevel=3)
+    elif not same(alone, first[:1], rounding):
+        raise ValueError(
+            "'model' answers differently to an image alone and in a batch, so it has no answer to "
+            "an image; normalise by fixed statistics (track_running_stats=True in BatchNorm2d)."
+        )
+
+
+def same(found: Tensor, expected: Tensor, tolerance: Tensor) -> bool:
+    """Whether two tensors are equal up to `tolerance`; NaN is equal to NaN."""
+    equal = (found == expected) | (found.isnan() & expected.isnan())
+    return bool((equal | ((found - expected).abs() <= tolerance)).all())
+
+
+def _rounding(logits: Tensor) -> Tensor:
+    """By how much rounding may move the logits (B, classes) of each class, (classes,)."""
+    exact = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 0.0
+    if torch.is_autocast_enabled(logits.device.type):
+        exact = torch.finfo(torch.bfloat16).eps
+    elif logits.is_cuda:
+        # Convolutions may run in TF32, with 10 bits.
+        exact = max(exact, 2**-10)
+    finite = logits.nan_to_num(0, 0, 0)
+    spread = (finite.amax(0) - finite.amin(0)).max()
+    # Of each class: a constant -1e9 for one must not hide what the others do.
+    return exact**0.5 * spread + 64 * exact * finite.abs().amax(0)

@@ -11,6 +11,10 @@ from src.checks import check_count, check_shape, evaluation_mode
 from src.folded import FLOATS, FoldedConvNN, check_precision, ramp
 from src.native_gradient import attacked_form
 from src.quantized import QuantizedConvNN
+from src.untouched import agrees, alteration, is_ramp, is_untouched, unwrapped
+
+# Of a layer: wider ones fit into no memory.
+WIDEST = 2**20
 
 
 class ConvNN(nn.Module):
@@ -45,20 +49,19 @@ class ConvNN(nn.Module):
         if len(channels) != 2:
             raise ValueError(f"'channels' = {tuple(channels)} must have two entries.")
         for width in channels:
-            check_count("channels", width)
+            _check_width("channels", width)
         if hidden is not None:
-            check_count("hidden", hidden)
-        check_count("num_classes", num_classes, 2)
+            _check_width("hidden", hidden)
+        _check_width("num_classes", num_classes, 2)
         if not isinstance(pooled, bool):
             raise ValueError(f"'pooled' = {pooled!r} must be True or False.")
         self.config = {"channels": list(channels), "hidden": hidden, "num_classes": num_classes}
         # Left out if it is the default, so that older checkpoints keep their digests.
         self.config |= {"pooled": True} if pooled else {}
         if thresholds is not None:
-            low, high = map(float, thresholds)
-            if not 0 <= low < high <= 1:
+            if not is_ramp(thresholds):
                 raise ValueError(f"'thresholds' = {thresholds} must be 0 <= low < high <= 1.")
-            self.config |= {"thresholds": [low, high]}
+            self.config |= {"thresholds": [float(value) for value in thresholds]}
         self.thresholds = self.config.get("thresholds")
         self.halve = nn.MaxPool2d(2) if pooled else nn.Identity()
         stride = 1 if pooled else 2
@@ -80,14 +83,16 @@ class ConvNN(nn.Module):
             ValueError: for another shape.
         """
         check_shape(images)
-        images = ramp(images, self.thresholds)
+        images = ramp(images, self.thresholds).to(next(self.parameters(), images).dtype)
         features = self.halve(F.relu(self.norm1(self.conv1(images))))
         features = self.halve(F.relu(self.norm2(self.conv2(features)))).flatten(1)
         if self.hidden is not None:
             features = F.relu(self.hidden(features))
         # In float32 under autocast too: eight bits would tie the two largest logits now and then.
+        if torch.is_autocast_enabled(images.device.type):
+            features = features.float()
         with torch.autocast(images.device.type, enabled=False):
-            return self.output(features.float())
+            return self.output(features)
 
     def inference_form(self, precision: str = "float32") -> nn.Module:
         """A copy for evaluation only, the same function up to rounding, and faster.
@@ -97,24 +102,37 @@ class ConvNN(nn.Module):
                 Integers have no gradients.
 
         Raises:
-            ValueError: for another precision, and where `QuantizedConvNN` does.
+            ValueError: for another precision, where `QuantizedConvNN` does, and for a network that
+                was altered after it was made: only `forward` knows what that does.
         """
         check_precision(precision)
+        if reason := alteration(self):
+            raise ValueError(f"Only a ConvNN as it is made has other forms, but {reason}.")
         form = FoldedConvNN if precision in FLOATS else QuantizedConvNN
         return form(self, precision)
 
 
+def _check_width(name: str, width: int, minimum: int = 1) -> None:
+    check_count(name, width, minimum)
+    if width > WIDEST:
+        raise ValueError(f"'{name}' must be at most {WIDEST:,}.")
+
+
 @contextmanager
-def evaluation_form(model: nn.Module) -> Iterator[nn.Module]:
+def evaluation_form(model: nn.Module, *, probe: bool = False) -> Iterator[nn.Module]:
     """The form in which a model is best evaluated and attacked: a ConvNN folded, another as it is.
 
     The folded one runs in bfloat16 under autocast, else in float32, see `attacked_form`. The
-    other is in evaluation mode until the block ends, see `evaluation_mode`.
+    other is in evaluation mode until the block ends, see `evaluation_mode`; so is a ConvNN that was
+    altered after it was made and, if `probe`, one whose forward pass gives other answers.
     """
-    # A subclass may do anything in its forward pass, and folding is for float32.
-    if type(model) is ConvNN and model.output.weight.dtype == torch.float32:
-        cast = torch.is_autocast_enabled(model.output.weight.device.type)
-        yield attacked_form(model.inference_form("bfloat16" if cast else "float32"))
-        return
+    network = unwrapped(model)
+    if is_untouched(network):
+        cast = torch.is_autocast_enabled(network.output.weight.device.type)
+        precision = "bfloat16" if cast else "float32"
+        form = attacked_form(FoldedConvNN(network, precision))
+        if not probe or agrees(form, network, precision):
+            yield form
+            return
     with evaluation_mode(model):
         yield model

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import right, with_gradients
-from src.checks import check_ball
+from src.checks import check_ball, check_function
 from src.convnn import evaluation_form
 from src.robustness import accuracy_row, attacks, multi_step_name
 from src.training_and_evaluation import correct
@@ -53,12 +53,14 @@ def smallest_epsilons(
         found within LARGEST[norm].
     """
     check_ball(0, norm)
+    device = next(model.parameters(), dataset.tensors[0]).device
+    check_function(model, dataset.tensors[0][:4].to(device))
     smallest = np.where(correct(model, dataset, batch_size=batch_size).numpy(), np.inf, 0.0)
     # In multiples of 1 / GRID: the attack failed at `low` and succeeded within `high`.
     low, high = np.zeros(len(smallest), dtype=int), np.zeros(len(smallest), dtype=int)
     largest = round(LARGEST[norm] * GRID[norm])
     bar = progress_bar(progress, total=len(smallest), desc=f"smallest epsilons, {norm}")
-    with bar, evaluation_form(model) as network:
+    with bar, evaluation_form(model, probe=True) as network:
 
         def attack(chosen: np.ndarray, multiple: int) -> None:
             epsilon = multiple / GRID[norm]

@@ -19,7 +19,13 @@ from src.certification import (
     two_sided_bounds,
     two_sided_radius,
 )
-from src.checks import check_count, check_images, check_number, evaluation_mode
+from src.checks import (
+    check_count,
+    check_function,
+    check_images,
+    check_number,
+    evaluation_mode,
+)
 from src.convnn import ConvNN
 from src.folded import check_precision
 from src.native import WORTH_ONE_CALL, voting_form
@@ -38,6 +44,7 @@ from src.stopping import (
     mixture_decision,
     staged_looks,
 )
+from src.untouched import agrees, alteration, has_hooks, unwrapped
 
 ABSTAIN = -1
 
@@ -65,9 +72,11 @@ class RadiusDecision(NamedTuple):
 class SmoothClassifier(nn.Module):
     """g(x) = argmax_c P(f(x + eta) = c), eta ~ N(0, sigma^2 I) (Cohen et al., ICML 2019).
 
-    Votes are cast by `base_classifier` in evaluation mode; a NaN among the logits is a vote
-    against every class. The noise of an image depends on (`seed`, its index) and the type of
-    device only.
+    Votes are cast by `base_classifier` in evaluation mode, with its own hooks; a NaN among the
+    logits is a vote against every class. An answer of it that depends on the other images in the
+    batch, or changes from call to call, is refused, and so are hooks on this module itself: they
+    would act in `forward`, but not in the votes. The noise of an image depends on (`seed`, its
+    index) and the type of device only.
 
     Args:
         base_classifier: f, images (B, 1, 28, 28) -> logits (B, num_classes).
@@ -91,9 +100,8 @@ class SmoothClassifier(nn.Module):
             raise ValueError("'base_classifier' must be a torch.nn.Module.")
         check_number("sigma", sigma, positive=True)
         check_count("num_classes", num_classes, 2)
-        if precision != "float32" and type(base_classifier) is not ConvNN:
-            raise ValueError("'precision' other than 'float32' needs a ConvNN.")
         check_precision(precision)
+        _check_form(precision, alteration(unwrapped(base_classifier)))
         self.precision = precision
         self.base_classifier = base_classifier
         self.sigma = float(sigma)
@@ -282,6 +290,12 @@ class SmoothClassifier(nn.Module):
         """Each image (1, 28, 28) with the key of its noise, after the checks they share."""
         check_images(images, dims=(3, 4))
         check_count("seed", seed, 0)
+        network = unwrapped(self.base_classifier)
+        own = type(network).forward is ConvNN.forward and not has_hooks(network)
+        if own and images.shape[-3:] != (1, 28, 28):
+            raise ValueError(
+                f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28) or (1, 28, 28)."
+            )
         images = images[None] if images.dim() == 3 else images
         indices = list(range(len(images)) if indices is None else indices)
         for index in indices:
@@ -310,19 +324,41 @@ class SmoothClassifier(nn.Module):
         """Where the base classifier is; where the images are if it has no parameters."""
         return next(self.parameters(), images).device
 
+    def _voting_form(self, copies: int) -> nn.Module | None:
+        """The form of the base classifier that casts `copies` votes; None if only itself can."""
+        if has_hooks(self) or "forward" in vars(self):
+            raise ValueError("Hooks on a SmoothClassifier miss its votes; hook base_classifier.")
+        network = unwrapped(self.base_classifier)
+        reason = alteration(network)
+        if not reason:
+            form = voting_form(network, self.precision, often=copies >= WORTH_ONE_CALL)
+            if agrees(form, network, self.precision):
+                return form
+        _check_form(self.precision, reason or "its forward pass gives other answers")
+        return None
+
     @contextmanager
     def _voters(self, images: Tensor, copies: int = 0):
         """The network in the form that casts `copies` votes or so, and who shares the work."""
-        if type(self.base_classifier) is not ConvNN:
+        network = self._voting_form(copies)
+        if network is None:
             # Nothing is known of its forward pass: no folding, and one call at a time.
+            given = images[None] if images.dim() == 3 else images
+            dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+            given = given.to(self._device(images), dtype or torch.float32)
+            check_function(self.base_classifier, given)
             with evaluation_mode(self.base_classifier) as network:
-                yield network, IN_TURN
+                yield lambda noisy: network(noisy.to(given.dtype)), IN_TURN
             return
-        often = copies >= WORTH_ONE_CALL
-        network = voting_form(self.base_classifier, self.precision, often=often)
         on_cpu = self._device(images).type == "cpu"
         with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
             yield network, workers
+
+
+def _check_form(precision: str, reason: str) -> None:
+    """Raise ValueError if the network must vote as it is, for a `reason`, in another precision."""
+    if reason and precision != "float32":
+        raise ValueError(f"'precision' = {precision!r} needs a ConvNN as it is made, but {reason}.")
 
 
 def _two_largest(counts: np.ndarray) -> tuple[np.ndarray, int]:

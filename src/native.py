@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from src.checks import check_shape
 from src.folded import FLOATS, FoldedConvNN, VotingOutput, as_one_call, ramp
 from src.quantized import INTEGERS, QuantizedConvNN, is_finite
+from src.untouched import is_untouched, unwrapped
 
 _SOURCE = Path(__file__).with_suffix(".c")
 # Making one call of a network by TorchScript takes about as long as a few thousand votes.
@@ -175,7 +176,10 @@ def _library(network: nn.Module, precision: str) -> ctypes.CDLL | None:
 
 
 def form_name(network: nn.Module, precision: str) -> str:
-    """What `voting_form` makes of a ConvNN, in words, for the records."""
+    """What votes in place of a ConvNN, in words, for the records."""
+    network = unwrapped(network)
+    if not is_untouched(network):
+        return "its own forward pass"
     native = isinstance(voting_form(network, precision, often=False), NativeConvNN)
     return "batch normalisation folded" + (", convolutions in C" if native else "")
 
@@ -248,6 +252,10 @@ def fastest_precision(
         margin: each, in the order of PRECISIONS, must be so many times as fast as the one chosen so
             far to be chosen.
     """
+    network, *others = map(unwrapped, (network, *others))
+    if not all(map(is_untouched, (network, *others))):
+        # Only their own forward pass can vote.
+        return "float32"
     images = next(network.parameters()).new_zeros(128, 1, 28, 28)
     forms = {name: voting_form(network, name, often=False) for name in FLOATS}
     for name in INTEGERS:

@@ -24,6 +24,7 @@ from src.attacks import (
 from src.checks import checked_logits, predicted
 from src.convnn import evaluation_form
 from src.folded import ramp
+from src.untouched import unwrapped
 
 
 @with_gradients()
@@ -54,15 +55,13 @@ def ramp_attack(
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_search(steps, restarts, loss, targets)
+    model = unwrapped(model)
     if getattr(model, "thresholds", None) is None:
         raise ValueError("'model' has no thresholds; use apgd_attack.")
     if epsilon == 0 or not len(images):
         return images.clone()
     with evaluation_form(model) as network:
-        # Shallow: the same weights, but the ramp of the copy alone is taken away.
-        behind = copy.copy(network)
-        behind.thresholds = None
-        _check_ramp(network, behind, images, model.thresholds)
+        behind = behind_ramp(network, images, model.thresholds)
         reachable = _Box if norm == "linf" else _Sparse
         reach = reachable(images, epsilon, clip, model.thresholds)
         space = Space(behind, reach.origin, reach.project, reach.ascent, reach.random)
@@ -78,8 +77,11 @@ def ramp_attack(
     return worst.points
 
 
-def _check_ramp(network: nn.Module, behind: nn.Module, images: Tensor, thresholds) -> None:
-    """Raise ValueError unless `network` is `behind` after the ramp."""
+def behind_ramp(network: nn.Module, images: Tensor, thresholds) -> nn.Module:
+    """`network` without its ramp; ValueError unless it is that network after the ramp."""
+    # Shallow: the same weights, but the ramp of the copy alone is taken away.
+    behind = copy.copy(network)
+    behind.thresholds = None
     with torch.no_grad():
         expected = checked_logits(network(images), len(images))
         found, size = behind(ramp(images, thresholds)), float(expected.nan_to_num().abs().max())
@@ -88,6 +90,7 @@ def _check_ramp(network: nn.Module, behind: nn.Module, images: Tensor, threshold
             "'model' does not apply its thresholds as ConvNN does, first and only once; "
             "use apgd_attack."
         )
+    return behind
 
 
 # Of the logarithm of the price: to 0.1 % of its nine orders of magnitude.

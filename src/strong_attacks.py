@@ -4,6 +4,7 @@ After AutoAttack (Croce and Hein, ICML 2020), from the papers of its parts, with
 that knows the ramp of our networks.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from src.apgd import apgd_attack
 from src.attacks import Worst, checked, logits_of, margin, with_gradients
-from src.checks import check_count, predicted
+from src.checks import check_count, check_function, predicted
 from src.convnn import evaluation_form
-from src.ramp_attack import ramp_attack
+from src.ramp_attack import behind_ramp, ramp_attack
 from src.square import square_attack
+from src.untouched import unwrapped
 
 __all__ = [
     "apgd_attack",
@@ -63,7 +65,8 @@ def strongest_attack_stages(
 
     Auto-PGD on the cross-entropy, on the margin from several starts, and towards single classes,
     then the Square Attack, which needs no gradients. For a model with `thresholds` the margin and
-    the classes also behind its ramp, in linf only there.
+    the classes also behind its ramp, in linf only there; a warning says if a ramp was found that
+    cannot be taken away.
 
     Args:
         model: images -> logits (B, classes).
@@ -82,13 +85,16 @@ def strongest_attack_stages(
         The name of each stage and the worst points up to it (B, 1, 28, 28); "clean" first.
 
     Raises:
-        ValueError: for an argument out of its range.
+        ValueError: for an argument out of its range, and for a model whose answer to an image
+            depends on its batch or changes from call to call.
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_count("targets", targets)
+    check_function(model, images)
     generator = generator or torch.Generator().manual_seed(0)
     worst = Worst(None, images, labels, "margin", False)
-    stages = _stages(model, norm, steps, restarts, targets, queries)
+    adaptive = _has_ramp(model, images)
+    stages = _stages(adaptive, norm, steps, restarts, targets, queries)
     for name, attack in [("clean", _unchanged), *stages]:
         chosen = worst.standing()
         if len(chosen):
@@ -105,10 +111,32 @@ def strongest_attack_stages(
         yield name, worst.points.clone()
 
 
-def _stages(model, norm, steps, restarts, targets, queries) -> list[tuple[str, Callable]]:
+def _has_ramp(model: nn.Module, images: Tensor) -> bool:
+    """Whether the ramp of a model can be taken away; warns of one that cannot."""
+    network = unwrapped(model)
+    thresholds = getattr(network, "thresholds", None)
+    if thresholds is not None:
+        try:
+            with torch.inference_mode(False), evaluation_form(network) as form:
+                if len(images):
+                    behind_ramp(form, images, thresholds)
+            return True
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            pass
+    elif all(getattr(module, "thresholds", None) is None for module in model.modules()):
+        return False
+    warnings.warn(
+        "'model' has thresholds that cannot be taken away, so the attack behind the ramp is left "
+        "out; gradients may be masked (give the network itself, without hooks and wrappers).",
+        stacklevel=4,
+    )
+    return False
+
+
+def _stages(adaptive, norm, steps, restarts, targets, queries) -> list[tuple[str, Callable]]:
     """Names and attacks, the one that breaks most for its time first."""
     kinds = [("", apgd_attack)]
-    if getattr(model, "thresholds", None) is not None:
+    if adaptive:
         # In linf both search the very same set, and behind the ramp the gradient is exact.
         kinds = [("ramp ", ramp_attack), *(kinds if norm == "l2" else [])]
     stages = [("apgd cross-entropy", partial(apgd_attack, steps=steps, loss="cross_entropy"))]
@@ -128,7 +156,7 @@ def _unchanged(model, images, labels, epsilon, norm, *, clip, generator) -> Tens
 
 def _keep(worst: Worst, model: nn.Module, points: Tensor, labels: Tensor, chosen: Tensor) -> None:
     """Judge the points by the model itself, whatever the attack said of them."""
-    with evaluation_form(model) as network, torch.no_grad():
+    with evaluation_form(model, probe=True) as network, torch.no_grad():
         logits = logits_of(network, points, labels[chosen])
     fallen = predicted(logits) != labels[chosen]
     worst.keep(points, chosen, margin(logits, labels[chosen]), fallen)

@@ -16,6 +16,7 @@ from src.checks import (
     check_classes,
     check_count,
     check_dataset,
+    check_function,
     check_number,
     checked_logits,
     evaluation_mode,
@@ -262,7 +263,10 @@ def accuracy(
 
     Raises:
         ValueError: if the data set is empty or not as described, if the logits do not fit its
-            labels, and if `attack` returns anything but images in [0, 1] of the same shape.
+            labels, and if `attack` returns anything but images in [0, 1] of the same shape; if the
+            model's answer to an image depends on its batch, or changes from call to call under an
+            attack (without one, that is warned of, but for a SmoothClassifier, which then makes one
+            noisy draw).
     """
     check_dataset(dataset, empty=False)
     hits = correct(model, dataset, attack=attack, batch_size=batch_size, device=device)
@@ -283,7 +287,11 @@ def correct(
     check_count("batch_size", batch_size)
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = []
-    with evaluation_form(model) as network:
+    # The noise of a SmoothClassifier is meant to change; under attack it would pass for a success.
+    noisy = attack is None and isinstance(model, SmoothClassifier)
+    checked = model.base_classifier if noisy else model
+    check_function(checked, dataset.tensors[0][:4].to(device), may_change=attack is None)
+    with evaluation_form(model, probe=True) as network:
         for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
             images, labels = images.to(device), labels.to(device)
             if attack is not None:

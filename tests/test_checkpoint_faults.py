@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from src import checkpoints
 from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
 from src.models import ConvNN
 from tests.helpers import bits
@@ -156,8 +157,9 @@ def test_altered_content_is_refused(path, change):
 @pytest.mark.parametrize(
     "config", [{"channels": [2, 2]}, {"depth": 3}, {"hidden": 4}, {"num_classes": -1}]
 )
-def test_another_architecture_is_refused(tmp_path, config):
+def test_another_architecture_is_refused(tmp_path, monkeypatch, config):
     # Whole and unaltered, but written by a network that lies about itself.
+    monkeypatch.setattr(checkpoints, "alteration", lambda network: "")
     model = network()
     model.config |= config
     assert refused(save_checkpoint(tmp_path / "m.pt", model), "another architecture")
@@ -191,3 +193,55 @@ def test_a_pickle_that_would_run_code_does_not_run(path, kind):
     else:
         torch.load(path, weights_only=False)
     assert flag.exists()
+
+
+WRONG = {
+    "sigma": [[0.5], 10**400, True, -0.5, 0, float("nan"), float("inf"), "0.5", None],
+    "epsilon": [-1, "0.3", {}],
+    "seconds": ["1", -1.0, [], 10**400],
+    "options": [[], "x", 3, None],
+    "seed": [0.5, -1, True, "0", 10**400],
+    "command": [3, [], None],
+    "commit": [0, {}],
+    "versions": [["3.11"]],
+}
+wrong = pytest.mark.parametrize(("name", "value"), [(n, v) for n in WRONG for v in WRONG[n]])
+
+
+def rewrite(path, **entries):
+    """Entries of a checkpoint changed by someone who knows how to sign it."""
+    content = torch.load(path, weights_only=True)
+    for entry, values in entries.items():
+        content[entry] |= values
+    parts = (content[entry] for entry in ("config", "facts", "weights"))
+    torch.save(content | {"digest": checkpoints._digest(*parts)}, path)
+
+
+@wrong
+def test_facts_of_the_wrong_kind_are_refused(path, name, value):
+    rewrite(path, facts={name: value})
+    assert refused(path, f"'{name}'")
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        save_checkpoint(path.with_name("new.pt"), network(), **{name: value})
+    assert not path.with_name("new.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"channels": value} for value in (["a", 2], [10**30, 2], [10**5, 10**5], 3, "12", None)),
+        *({"hidden": value} for value in ("4", 10**30, 10**6, [3], True)),
+        *({"thresholds": value} for value in ([0.1], ["a", "b"], 3, [10**400, 1], {})),
+        *({"pooled": value} for value in (1, "yes")),
+        {"num_classes": 10**30},
+    ],
+)
+def test_configs_of_the_wrong_kind_are_refused(path, config):
+    rewrite(path, config=config)
+    assert refused(path, "another architecture")
+
+
+def test_weights_of_another_type_are_refused(path):
+    weights = torch.load(path, weights_only=True)["weights"]
+    rewrite(path, weights={"output.bias": weights["output.bias"].double()})
+    assert refused(path, "another architecture")
