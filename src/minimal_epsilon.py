@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import right, with_gradients
-from src.checks import check_ball, check_function
+from src.checks import check_ball, check_dataset, check_function
 from src.convnn import evaluation_form
 from src.robustness import accuracy_row, attacks, multi_step_name
 from src.training_and_evaluation import correct
@@ -53,6 +53,7 @@ def smallest_epsilons(
         found within LARGEST[norm].
     """
     check_ball(0, norm)
+    check_dataset(dataset)
     device = next(model.parameters(), dataset.tensors[0]).device
     check_function(model, dataset.tensors[0][:4].to(device))
     smallest = np.where(correct(model, dataset, batch_size=batch_size).numpy(), np.inf, 0.0)

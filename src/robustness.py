@@ -118,7 +118,7 @@ def hits_by_stage(
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = {}
     batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
-    with evaluation_form(model) as network:
+    with evaluation_form(model, probe=True) as network:
         for images, labels in progress_bar(progress, batches, desc="attacking"):
             images, labels = images.to(device), labels.to(device)
             stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
