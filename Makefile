@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 .DELETE_ON_ERROR:
 
 run: $(VENV)/ready
-	$(BIN)/python -m src.mnist_files
+	$(BIN)/python -m src.mnist.files
 	$(BIN)/python main_training.py
 	$(BIN)/python main_adv_training.py
 	$(BIN)/python main_random_smoothing.py
@@ -24,7 +24,7 @@ run: $(VENV)/ready
 test: $(VENV)/ready-to-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m src.mnist_files
+	$(BIN)/python -m src.mnist.files
 	$(BIN)/python -m pytest
 
 # One that was stopped while it certified goes on with its own command and --resume.
@@ -40,7 +40,7 @@ BEST_100 := $(WIDE) --sigma 1.00 --method confidence
 ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 
 reference: $(VENV)/ready
-	$(BIN)/python -m src.mnist_files
+	$(BIN)/python -m src.mnist.files
 	for sigma in 0.25 0.50 1.00; do \
 	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs 100 \
 	    --precision $$(test $$sigma = 1.00 && echo float32 || echo int16) \

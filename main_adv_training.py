@@ -9,12 +9,6 @@ results/adversarial_training_smallest_epsilons.csv and figures.
 from functools import partial
 from pathlib import Path
 
-from src.adversarial import (
-    collapsed_epochs,
-    held_out_watch,
-    ramped_adversarial_loss,
-    training_attack,
-)
 from src.checkpoints import save_checkpoint
 from src.command_line import (
     count,
@@ -25,12 +19,18 @@ from src.command_line import (
     script_parser,
     training_options,
 )
-from src.distributed import is_main, own_seed
+from src.methods.adversarial import (
+    collapsed_epochs,
+    held_out_watch,
+    ramped_adversarial_loss,
+    training_attack,
+)
 from src.models import ConvNN
-from src.plotting import plot_held_out_robustness, plot_training
+from src.optimisation.processes import is_main, own_seed
 from src.provenance import provenance
-from src.reports import report_attacks
-from src.robustness import radii_with
+from src.reports.one_model import report_attacks
+from src.reports.plotting import plot_held_out_robustness, plot_training
+from src.robustness.fixed_radii import radii_with
 from src.training_and_evaluation import accuracy, adversarial_loss, trades_loss, train_model
 from src.utils import get_device, load_training_data, seed_everything, spread
 

@@ -7,7 +7,7 @@ results/comparison_smallest_epsilons.csv and figures.
 
 from pathlib import Path
 
-from src.certification import minimum_successes
+from src.certification.bounds import minimum_successes
 from src.command_line import (
     count,
     number,
@@ -17,7 +17,12 @@ from src.command_line import (
     share,
     when_interrupted,
 )
-from src.comparison import (
+from src.engine.folded import PRECISIONS
+from src.engine.native import fastest_precision
+from src.files import lock_file
+from src.optimisation.processes import from_main, is_main, processes, rank, restarted, wait_for_all
+from src.provenance import provenance
+from src.reports.comparison import (
     MODELS,
     attack_models,
     certify_models,
@@ -30,11 +35,6 @@ from src.comparison import (
     set_targets_aside,
     smoothing_sigma,
 )
-from src.distributed import from_main, is_main, processes, rank, restarted, wait_for_all
-from src.files import lock_file
-from src.folded import PRECISIONS
-from src.native import fastest_precision
-from src.provenance import provenance
 from src.utils import get_device, load_mnist, seed_everything
 
 

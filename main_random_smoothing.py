@@ -8,7 +8,7 @@ results/randomized_smoothing_certificates.csv and figures.
 
 from pathlib import Path
 
-from src.certification import minimum_successes
+from src.certification.bounds import minimum_successes
 from src.checkpoints import load_checkpoint, save_checkpoint
 from src.command_line import (
     count,
@@ -20,13 +20,13 @@ from src.command_line import (
     training_options,
     when_interrupted,
 )
-from src.distributed import from_main, is_main
-from src.folded import PRECISIONS
+from src.engine.folded import PRECISIONS
+from src.methods.smoothing import METHODS, ramped_smoothing_loss
 from src.models import ConvNN, SmoothClassifier
-from src.plotting import plot_training
+from src.optimisation.processes import from_main, is_main
 from src.provenance import provenance
-from src.reports import report_smoothing
-from src.smoothing import METHODS, ramped_smoothing_loss
+from src.reports.one_model import report_smoothing
+from src.reports.plotting import plot_training
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything
 

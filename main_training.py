@@ -8,11 +8,11 @@ from pathlib import Path
 
 from src.checkpoints import save_checkpoint
 from src.command_line import parse, reserved, run, script_parser, training_options
-from src.distributed import is_main
 from src.models import ConvNN
-from src.plotting import plot_training
+from src.optimisation.processes import is_main
 from src.provenance import provenance
-from src.reports import report_attacks
+from src.reports.one_model import report_attacks
+from src.reports.plotting import plot_training
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything
 

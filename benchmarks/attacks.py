@@ -18,8 +18,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from src.adversarial import ramped_adversarial_loss, training_attack
 from src.attacks import pgd_attack
+from src.methods.adversarial import ramped_adversarial_loss, training_attack
 from src.models import ConvNN
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import load_mnist, seed_everything, spread

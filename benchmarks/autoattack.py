@@ -47,16 +47,16 @@ from pathlib import Path
 import torch
 
 from src.attacks import pgd_attack, projection
+from src.certification.intervals import accuracy_interval
 from src.checkpoints import load_checkpoint, weights_digest
 from src.command_line import count, number, run
 from src.convnn import evaluation_form
 from src.files import lock_file, write_json
-from src.intervals import accuracy_interval
 from src.provenance import code_commit
-from src.ramp_attack import ramp_attack
 from src.records.rows import read_rows
-from src.strong_attacks import strongest_attack
-from src.tables import format_table, percent
+from src.reports.tables import format_table, percent
+from src.robustness.strongest import strongest_attack
+from src.robustness.thresholds import ramp_attack
 from src.training_and_evaluation import correct
 from src.utils import get_device, load_mnist, subset
 

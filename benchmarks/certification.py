@@ -18,9 +18,9 @@ from functools import partial
 import numpy as np
 import torch
 
+from src.engine.native import fastest_precision
+from src.engine.votes import single_threaded_workers
 from src.models import ConvNN, SmoothClassifier
-from src.native import fastest_precision
-from src.sampling import single_threaded_workers
 from src.utils import load_mnist, seed_everything
 
 NETWORKS = {

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from src.intervals import paired_difference_interval
-from src.plotting import plot_certified_accuracy
+from src.certification.intervals import paired_difference_interval
 from src.records.rows import read_rows, write_rows
-from src.tables import format_table, summarise
+from src.reports.plotting import plot_certified_accuracy
+from src.reports.tables import format_table, summarise
 
 REFERENCE = Path("reference")
 # Recipe in the file name -> in the tables; "two cores" is the best with fewer epochs.

@@ -14,9 +14,9 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from src.intervals import accuracy_interval
+from src.certification.intervals import accuracy_interval
 from src.records.rows import read_rows
-from src.tables import format_table, percent
+from src.reports.tables import format_table, percent
 
 RESULTS = Path("reference/results")
 # Stem of the files: the name of the recipe, the ball it is judged in.

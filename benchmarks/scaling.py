@@ -16,8 +16,8 @@ import time
 
 import torch
 
-from src.distributed import process_group, processes, rank, wait_for_all
 from src.models import ConvNN, SmoothClassifier
+from src.optimisation.processes import process_group, processes, rank, wait_for_all
 from src.utils import load_mnist, seed_everything
 
 

@@ -12,11 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
+from src.certification.intervals import certified_accuracy
 from src.checkpoints import load_checkpoint
-from src.intervals import certified_accuracy
 from src.models import SmoothClassifier
 from src.records.rows import read_rows
-from src.tables import format_table
+from src.reports.tables import format_table
 from src.utils import load_mnist, subset
 
 # sigma and radius, in pixel units.

@@ -32,7 +32,7 @@ from src.checkpoints import load_checkpoint
 from src.command_line import count, run
 from src.provenance import code_commit
 from src.records.rows import read_rows, write_rows
-from src.tables import format_table
+from src.reports.tables import format_table
 from src.utils import get_device, load_mnist, subset
 
 MODELS = Path("reference/models")

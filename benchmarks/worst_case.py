@@ -15,14 +15,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from src.certification.intervals import accuracy_interval
 from src.checkpoints import load_checkpoint, weights_digest
 from src.command_line import count, number, run
 from src.files import write_json
-from src.intervals import accuracy_interval
 from src.provenance import code_commit
 from src.records.rows import write_rows
-from src.robustness import hits_by_stage
-from src.tables import format_table, percent
+from src.reports.tables import format_table, percent
+from src.robustness.fixed_radii import hits_by_stage
 from src.utils import get_device, load_mnist, subset
 
 NOT_STAGES = ("index", "label")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from src.engine.untouched import alteration
 from src.files import whole_file
 from src.models import ConvNN
-from src.untouched import alteration
 
 # What scripts rely on in the facts: their types, and the least of those that are numbers.
 _TYPES = {"options": dict, "versions": dict, "command": str, "commit": str, "device": str}

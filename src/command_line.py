@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from src.distributed import is_main, process_group, report_failure
+from src.engine.folded import FLOATS
 from src.files import check_target, check_writable, drop_equal_copies, lock_file, set_aside
-from src.folded import FLOATS
-from src.optimisation import OPTIMIZERS
+from src.optimisation.processes import is_main, process_group, report_failure
+from src.optimisation.updates import OPTIMIZERS
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.checks import check_count, check_shape, evaluation_mode
-from src.folded import FLOATS, FoldedConvNN, check_precision, ramp
-from src.native_gradient import attacked_form
-from src.quantized import QuantizedConvNN
-from src.untouched import agrees, alteration, is_ramp, is_untouched, unwrapped
+from src.engine.folded import FLOATS, FoldedConvNN, check_precision, ramp
+from src.engine.native_gradient import attacked_form
+from src.engine.quantized import QuantizedConvNN
+from src.engine.untouched import agrees, alteration, is_ramp, is_untouched, unwrapped
 
 # Of a layer: wider ones fit into no memory.
 WIDEST = 2**20

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.certification import (
+from src.certification.bounds import (
     abstain_p_value,
     certified_radius,
     check_open_unit,
@@ -19,6 +19,14 @@ from src.certification import (
     two_sided_bounds,
     two_sided_radius,
 )
+from src.certification.stopping import (
+    CERTIFY,
+    CONTINUE,
+    is_settled,
+    look_schedule,
+    mixture_decision,
+    staged_looks,
+)
 from src.checks import (
     check_count,
     check_function,
@@ -27,24 +35,16 @@ from src.checks import (
     evaluation_mode,
 )
 from src.convnn import ConvNN
-from src.folded import check_precision
-from src.native import WORTH_ONE_CALL, voting_form
-from src.sampling import (
+from src.engine.folded import check_precision
+from src.engine.native import WORTH_ONE_CALL, voting_form
+from src.engine.untouched import agrees, alteration, has_hooks, unwrapped
+from src.engine.votes import (
     IN_TURN,
     count_votes,
     image_key,
     running_votes,
     single_threaded_workers,
 )
-from src.stopping import (
-    CERTIFY,
-    CONTINUE,
-    is_settled,
-    look_schedule,
-    mixture_decision,
-    staged_looks,
-)
-from src.untouched import agrees, alteration, has_hooks, unwrapped
 
 ABSTAIN = -1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from src.distributed import processes
+from src.optimisation.processes import processes
 from src.utils import get_device
 
 

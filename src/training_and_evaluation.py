@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from src import distributed
 from src.attacks import attacked_batch, right, with_gradients
 from src.checks import (
     check_classes,
@@ -22,9 +21,10 @@ from src.checks import (
     evaluation_mode,
 )
 from src.convnn import evaluation_form
-from src.folded import FLOATS, check_precision
+from src.engine.folded import FLOATS, check_precision
 from src.models import SmoothClassifier
-from src.optimisation import OPTIMIZERS, average_weights, shuffled, updater
+from src.optimisation import processes as distributed
+from src.optimisation.updates import OPTIMIZERS, average_weights, shuffled, updater
 from src.utils import progress_bar, subset
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]

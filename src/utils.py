@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from src.checks import check_count, check_tensors
-from src.distributed import processes
-from src.mnist_files import read_mnist
+from src.mnist.files import read_mnist
+from src.optimisation.processes import processes
 
 
 def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from src.mnist_files import ensure_mnist
+from src.mnist.files import ensure_mnist
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from src.adversarial import held_out_watch
-from src.apgd import apgd_attack
 from src.attacks import (
     Worst,
     attack_dataset,
@@ -19,17 +17,19 @@ from src.attacks import (
     pgd_attack,
     random_start_attack,
 )
-from src.challenge import challenge_certificates, smoothed_attack
-from src.checklist import evaluation_warnings
 from src.checks import predicted
-from src.few_pixels import few_pixels_attack
-from src.minimal_epsilon import smallest_epsilons
+from src.methods.adversarial import held_out_watch
+from src.methods.smoothing import smoothing_loss
 from src.models import ConvNN, SmoothClassifier
-from src.robustness import attack_hits, hits_by_stage
-from src.simple_attacks import random_noise, random_search
-from src.smoothing import smoothing_loss
-from src.square import square_attack
-from src.strong_attacks import strongest_attack
+from src.robustness.apgd import apgd_attack
+from src.robustness.challenge import challenge_certificates, smoothed_attack
+from src.robustness.checklist import evaluation_warnings
+from src.robustness.few_pixels import few_pixels_attack
+from src.robustness.fixed_radii import attack_hits, hits_by_stage
+from src.robustness.noise import random_noise, random_search
+from src.robustness.smallest_epsilon import smallest_epsilons
+from src.robustness.square import square_attack
+from src.robustness.strongest import strongest_attack
 from src.training_and_evaluation import (
     accuracy,
     correct,

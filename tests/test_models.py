@@ -10,17 +10,17 @@ import torch
 from scipy.stats import kstest, norm
 from torch import nn
 
-from src import native
-from src.certification import (
+from src.certification.bounds import (
     certified_radius,
     lower_confidence_bound,
     two_sided_bounds,
     two_sided_radius,
 )
-from src.folded import FLOATS, PRECISIONS, as_one_call
+from src.engine import native
+from src.engine.folded import FLOATS, PRECISIONS, as_one_call
+from src.engine.native import fastest_precision
+from src.engine.votes import STAGES, block_seed, image_key
 from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
-from src.native import fastest_precision
-from src.sampling import STAGES, block_seed, image_key
 
 GREY = torch.full((1, 28, 28), 0.5)
 

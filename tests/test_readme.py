@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import autoattack, cures, published, robust_models, strongest, worst_case
+from src.certification.intervals import average_certified_radius
 from src.checkpoints import load_checkpoint, weights_digest
-from src.comparison import MODELS
-from src.intervals import average_certified_radius
 from src.records.rows import read_rows, verify
-from src.tables import attack_comparison, certificate_lines, population_lines
+from src.reports.comparison import MODELS
+from src.reports.tables import attack_comparison, certificate_lines, population_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "reference" / "results"

@@ -15,11 +15,11 @@ import main_adv_training
 import main_compare
 import main_random_smoothing
 import main_training
-from src.certification import certified_radius, lower_confidence_bound
+from src.certification.bounds import certified_radius, lower_confidence_bound
 from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
-from src.comparison import load_models
 from src.files import lock_file
 from src.records.rows import read_rows
+from src.reports.comparison import load_models
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("main_training", "main_adv_training", "main_random_smoothing", "main_compare")

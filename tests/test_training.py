@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from src.attacks import gradient_attack, pgd_attack
 from src.convnn import evaluation_form
 from src.models import ConvNN
-from src.optimisation import random_shift, random_warp, shuffled
+from src.optimisation.updates import random_shift, random_warp, shuffled
 from src.training_and_evaluation import (
     accuracy,
     adversarial_loss,
@@ -303,9 +303,9 @@ def test_processes_share_the_warps_of_one(monkeypatch):
         return list(shuffled(images, **settings, generator=torch.Generator().manual_seed(0)))
 
     alone = batches()
-    monkeypatch.setattr("src.distributed.processes", lambda: 2)
+    monkeypatch.setattr("src.optimisation.processes.processes", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr("src.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("src.optimisation.processes.rank", lambda rank=rank: rank)
         for (whole, labels), (share, own) in zip(alone, batches(), strict=True):
             assert torch.equal(share, whole[rank::2])
             assert torch.equal(own, labels[rank::2])

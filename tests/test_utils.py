@@ -21,9 +21,10 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST
 from torchvision.transforms.functional import to_tensor
 
-from src import mnist_files, mnist_sources
-from src.mnist_files import ensure_mnist
-from src.mnist_sources import FILES, RawFile
+from src.mnist import files as mnist_files
+from src.mnist import sources as mnist_sources
+from src.mnist.files import ensure_mnist
+from src.mnist.sources import FILES, RawFile
 from src.utils import get_device, hold_out, load_mnist, seed_everything, spread_indices, subset
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = FILES
@@ -349,7 +350,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, raw, small, m
 
 def test_as_a_command_without_a_folder_it_fails_in_one_sentence(tmp_path):
     (tmp_path / "data").write_text("a file, not a folder")
-    command = [sys.executable, "-m", "src.mnist_files"]
+    command = [sys.executable, "-m", "src.mnist.files"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
@@ -411,7 +412,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, small, monkey
 
 START = """
 import pathlib, shutil, sys, time
-from src import mnist_files
+from src.mnist import files as mnist_files
 good, root, log, seconds = sys.argv[1:]
 def slow(incoming, folder):
     with open(log, "a") as file:

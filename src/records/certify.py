@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch.utils.data import TensorDataset
 
 from src.checkpoints import weights_digest
+from src.engine.native import form_name
 from src.models import SmoothClassifier
-from src.native import form_name
 from src.records.recording import record_certificates
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import subset

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from src.checkpoints import load_checkpoint, weights_digest
+from src.engine.native import form_name
 from src.models import SmoothClassifier
-from src.native import form_name
 from src.records.certify import data_digest
 from src.records.recording import is_same_draw
 from src.records.rows import read_rows

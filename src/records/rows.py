@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from src.certification import (
+from src.certification.bounds import (
     certified_radius,
     lower_confidence_bound,
     two_sided_bounds,

@@ -1,0 +1,156 @@
+"""Falsification: attacks on the smoothed classifier inside the balls that were certified."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from src.attacks import direction, gradient_of, with_gradients
+from src.checks import (
+    check_classes,
+    check_count,
+    check_dataset,
+    check_images,
+    check_labels,
+    check_number,
+)
+from src.convnn import evaluation_form
+from src.methods.smoothing import mean_log_softmax
+from src.models import ABSTAIN, SmoothClassifier
+from src.utils import progress_bar, spread_indices, subset
+
+
+@with_gradients()
+def smoothed_attack(
+    smooth: SmoothClassifier,
+    images: Tensor,
+    classes: Tensor,
+    radii: Tensor,
+    *,
+    steps: int = 20,
+    draws: int = 16,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Push each image away from its class of the smoothed classifier, within its own l2 ball.
+
+    Projected gradient descent on the log of the mean softmax over noise (SmoothAdv, Salman et
+    al., NeurIPS 2019), from a random point of the ball, with the same noise for all steps.
+
+    Args:
+        smooth: the classifier.
+        images: (B, 1, 28, 28), pixels in [0, 1].
+        classes: int64 (B,), what the smoothed classifier says of them.
+        radii: (B,), l2 in pixel units, at least 0.
+        steps: gradient steps.
+        draws: noisy copies of each image that stand in for the expectation.
+        generator: of start and noise, on the CPU; default: one with seed 0.
+
+    Returns:
+        (B, 1, 28, 28), in the balls and in [0, 1] up to rounding.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+    check_images(images)
+    check_labels(classes, len(images), name="classes")
+    check_classes(classes, smooth.num_classes)
+    numbers = isinstance(radii, Tensor) and radii.shape == (len(images),)
+    if not (numbers and bool(((radii >= 0) & radii.isfinite()).all())):
+        raise ValueError("'radii' must hold one finite number of at least 0 for each image.")
+    check_count("steps", steps)
+    check_count("draws", draws)
+    generator = generator or torch.Generator().manual_seed(0)
+    radii = radii.to(images)[:, None, None, None]
+    start = torch.randn(images.shape, generator=generator).to(images)
+    noise = torch.randn((draws, *images.shape), generator=generator).to(images) * smooth.sigma
+    points = _within(images, images + radii * start, radii)
+    with evaluation_form(smooth.base_classifier, probe=True) as base:
+        for _ in range(steps):
+            points = points.detach().requires_grad_()
+            # A copy: autograd refuses classes that were made in inference mode.
+            own = mean_log_softmax(base, points, noise).gather(1, classes[:, None].clone())
+            step = 2.5 / steps * radii * direction(gradient_of(own, points), "l2")
+            points = _within(images, points.detach() - step, radii)
+    return points
+
+
+def _within(images: Tensor, points: Tensor, radii: Tensor) -> Tensor:
+    """Points moved back into the l2 balls of `radii` around the images, and into [0, 1]."""
+    change = points - images
+    length = change.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+    return (images + change * (radii / length).clamp(max=1)).clamp(0, 1)
+
+
+@with_gradients()
+def challenge_certificates(
+    smooth: SmoothClassifier,
+    dataset: TensorDataset,
+    rows: Sequence[Mapping],
+    *,
+    images: int,
+    restarts: int = 3,
+    n: int = 2000,
+    stretch: float = 1.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[int, int]:
+    """Try to break certificates by attack: (broken, tried).
+
+    A certificate counts as broken if at a point within its radius PREDICT, at a level that
+    leaves less than one false alarm in 10,000 challenges, returns another class.
+
+    Args:
+        smooth: the classifier that was certified.
+        dataset: the data set that the rows number.
+        rows: result rows; those that abstained are passed over.
+        images: how many of the rest to try, spread over the radii from the largest on.
+        restarts: attacks on each.
+        n: noisy copies that decide the class at the point found.
+        stretch: factor on the radius; above 1 it plants an error that should be found.
+        seed: of attacks and votes.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+    check_count("images", images)
+    check_count("restarts", restarts)
+    check_number("stretch", stretch, positive=True)
+    certified = [row for row in rows if int(row["prediction"]) != ABSTAIN]
+    # The largest first: it is among them, however few they are.
+    certified.sort(key=_radius, reverse=True)
+    certified = [certified[number] for number in spread_indices(len(certified), images)]
+    chosen = subset(dataset, [int(row["index"]) for row in certified])
+    check_dataset(chosen)
+    check_classes(chosen.tensors[1], smooth.num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    level = 1e-4 / max(len(certified) * restarts, 1)
+    broken = 0
+    for row in progress_bar(progress, certified, desc="challenging", unit="image"):
+        device = next(smooth.parameters(), dataset.tensors[0]).device
+        image = dataset.tensors[0][int(row["index"])].to(device)
+        label = torch.tensor([int(row["prediction"])], device=device)
+        radius = torch.tensor([_radius(row) * stretch], device=device)
+        # Restarts as a batch: the same image, another start and another noise each.
+        found = smoothed_attack(
+            smooth,
+            image.expand(restarts, -1, -1, -1),
+            label.expand(restarts),
+            radius.expand(restarts),
+            generator=generator,
+        )
+        # A seed of its own: votes with the noise of the certificate would repeat its luck.
+        classes = smooth.predict(found, n, level, seed=seed + 1)
+        broken += bool(((classes != ABSTAIN) & (classes != int(row["prediction"]))).any())
+    return broken, len(certified)
+
+
+def _radius(row: Mapping) -> float:
+    return float(row["radius"])
+
+
+def broken_allowed(tried: int, alpha: float) -> int:
+    """Most broken certificates that failure odds of `alpha` each explain, at 1 in 1,000."""
+    return int(stats.binom.ppf(0.999, tried, alpha))

@@ -1,0 +1,264 @@
+"""Ten checks that tell when an evaluation of robustness may be void.
+
+The checklist of Carlini et al., "On Evaluating Adversarial Robustness" (arXiv:1902.06705), as far
+as a program can go through it. That nothing is found proves nothing; what is found is a reason not
+to believe the numbers before it is understood.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from src.attacks import gradient_of, logits_of, with_gradients
+from src.checks import check_count, check_dataset
+from src.convnn import evaluation_form
+from src.robustness.few_pixels import few_pixels_attack
+from src.robustness.fixed_radii import SINGLE_STEP
+from src.robustness.noise import random_noise, random_search
+from src.training_and_evaluation import correct
+from src.utils import spread, spread_indices, subset
+
+# The checks, and what to do about what each one finds.
+CHECKS = {
+    "zero gradients": "use loss='margin', or attack a smooth stand-in for the step that hides it",
+    "saturated loss": "use loss='margin'",
+    "multi-step weaker": "use more steps, a smaller step_size or more restarts",
+    "gradient-free stronger": "gradients mislead here; count what the random search breaks as well",
+    "few pixels stronger": "small steps mislead here; count what few_pixels_attack breaks as well",
+    "accuracy rises with epsilon": "use more steps and restarts",
+    "above chance": "no image can resist there, so find what stops the attack",
+    "noise as strong": "find out why this model's gradients lead nowhere",
+    "changing logits": "attack the mean over the randomness, or switch it off",
+    "probabilities": "return logits, without the softmax",
+}
+# Two attacks that work may each break an image that the other leaves: so many of the images
+# compared, and one in any case, are no reason for a warning.
+TOLERANCE = 0.01
+# The share of images whose loss is exactly 0 in float32 from which on that is called saturated.
+SATURATED = 0.1
+
+Hits = Mapping[tuple[str, str, float], Tensor]
+
+
+@with_gradients()
+def evaluation_warnings(
+    model: nn.Module,
+    dataset: TensorDataset,
+    hits: Hits,
+    curve: Sequence[Mapping] = (),
+    *,
+    images: int = 200,
+    search: Callable = random_search,
+) -> list[dict]:
+    """Go through the checklist; at most one warning a check, for the ball where it is worst.
+
+    Args:
+        model: images -> logits (B, classes).
+        dataset: the images that were attacked, (N, 1, 28, 28) in [0, 1], and int64 labels (N,).
+        hits: what `attack_hits` found for them. All but the clean images and the single step
+            counts as the multi-step attack that is being checked.
+        curve: rows of `epsilon_curves`, for "above chance".
+        images: for how many images a ball noise, random search and few pixels are tried.
+        search: the attack without gradients: (model, images, labels, epsilon, norm) -> images.
+
+    Returns:
+        Dictionaries with `check`, `seen` (a clause), `norm` and `epsilon` ("" and None if no
+        ball is concerned), `images` (how many, out of) `of`, and `advice`.
+    """
+    check_dataset(dataset, empty=False)
+    check_count("images", images)
+    broken = _broken_by_multi_step(hits)
+    in_l2 = {ball: fallen for ball, fallen in broken.items() if ball[0] == "l2"}
+    found = [
+        *_outputs(model, dataset),
+        *_multi_step_weaker(hits, broken),
+        *_rises_with_epsilon(broken),
+        *_above_chance(curve, dataset),
+        *_stronger("gradient-free stronger", search, model, dataset, hits, broken, images),
+        *_stronger("few pixels stronger", few_pixels_attack, model, dataset, hits, in_l2, images),
+        *_noise_as_strong(model, dataset, hits, broken, images),
+    ]
+    worst = {}
+    for warning in found:
+        check = warning["check"]
+        if check not in worst or _share(warning) > _share(worst[check]):
+            worst[check] = warning
+    return [worst[check] | {"advice": CHECKS[check]} for check in CHECKS if check in worst]
+
+
+def warning_lines(warnings: Sequence[Mapping]) -> str:
+    """What the console says of the checklist: one sentence a warning."""
+    count = {0: "no warnings", 1: "1 warning"}.get(len(warnings), f"{len(warnings)} warnings")
+    lines = [f"checklist: {len(CHECKS)} checks, {count}"]
+    for warning in warnings:
+        lines.append(f"  {_where(warning)}: {warning['seen']}; {warning['advice']}")
+    return "\n".join(lines)
+
+
+def short_warnings(warnings: Sequence[Mapping]) -> list[str]:
+    """What fits in a figure: check, ball and share of images."""
+    return [f"{_where(w)}: {w['images']:,} of {w['of']:,} images" for w in warnings]
+
+
+def _where(warning: Mapping) -> str:
+    ball = f" at {warning['norm']} {warning['epsilon']:g}" if warning["norm"] else ""
+    return warning["check"] + ball
+
+
+def allowed(images: int) -> int:
+    """How many of the images compared may speak against the attack without a warning."""
+    return max(1, int(TOLERANCE * images))
+
+
+def _warning(check: str, seen: str, images: int, of: int, norm: str = "", epsilon=None) -> dict:
+    where = {"norm": norm, "epsilon": epsilon, "images": images, "of": of}
+    return {"check": check, "seen": f"{images:,} of {of:,} images {seen}", **where}
+
+
+def _share(warning: Mapping) -> float:
+    return warning["images"] / warning["of"]
+
+
+def _broken_by_multi_step(hits: Hits) -> dict[tuple[str, float], Tensor]:
+    """(norm, epsilon) -> images that any attack but the single step breaks, bool (N,)."""
+    clean, broken = hits["none", "", 0.0], {}
+    for (attack, norm, epsilon), right in hits.items():
+        if attack not in ("none", SINGLE_STEP):
+            before = broken.get((norm, epsilon), torch.zeros_like(clean))
+            broken[norm, epsilon] = before | (clean & ~right)
+    return broken
+
+
+def _outputs(model: nn.Module, dataset: TensorDataset) -> list[dict]:
+    """What the logits of the clean images and their gradients show, in one pass."""
+    counts = {check: int(bad.sum()) for check, bad in _signs(model, dataset).items()}
+    images = len(dataset)
+    seen = {
+        "zero gradients": "have a gradient of exactly zero",
+        "saturated loss": "have a probability of exactly 1 in float32",
+        "changing logits": "get other logits when they are classified again",
+        "probabilities": "get nonnegative outputs that sum to 1",
+    }
+    # A gradient of zero is never sound; a few images that are beyond doubt are.
+    least = {"saturated loss": SATURATED * images, "probabilities": images}
+    return [
+        _warning(check, seen[check], count, images)
+        for check, count in counts.items()
+        if count >= max(least.get(check, 1), 1)
+    ]
+
+
+def _signs(model: nn.Module, dataset: TensorDataset, batch_size: int = 1000) -> dict[str, Tensor]:
+    """Check -> for which images its sign shows, bool (N,)."""
+    device = next(model.parameters(), dataset.tensors[0]).device
+    parts = []
+    with evaluation_form(model, probe=True) as network:
+        for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True):
+            images = images.to(device).clone().requires_grad_()
+            labels = labels.to(device).clone()
+            logits = logits_of(network, images, labels)
+            gradient = gradient_of(F.cross_entropy(logits, labels, reduction="sum"), images)
+            with torch.no_grad():
+                change = (network(images) - logits).abs().amax(dim=1)
+            # Rounding may depend on the order in which a device adds up.
+            rounding = 1e-4 * (1 + logits.abs().amax(dim=1))
+            total = logits.sum(dim=1)
+            parts.append(
+                {
+                    "zero gradients": (gradient == 0).flatten(1).all(dim=1),
+                    "saturated loss": logits.softmax(dim=1).amax(dim=1) == 1,
+                    "changing logits": change > rounding,
+                    "probabilities": (logits >= 0).all(dim=1) & ((total - 1).abs() < 1e-4),
+                }
+            )
+    return {check: torch.cat([part[check].cpu() for part in parts]) for check in parts[0]}
+
+
+def _multi_step_weaker(hits: Hits, broken: Mapping) -> list[dict]:
+    """Balls in which the single step breaks images that the multi-step attack does not."""
+    clean, warnings = hits["none", "", 0.0], []
+    for ball, by_many in broken.items():
+        if (SINGLE_STEP, *ball) in hits:
+            only = int((clean & ~hits[(SINGLE_STEP, *ball)] & ~by_many).sum())
+            if only > allowed(len(clean)):
+                seen = "are broken by the single step alone"
+                warnings.append(_warning("multi-step weaker", seen, only, len(clean), *ball))
+    return warnings
+
+
+def _rises_with_epsilon(broken: Mapping[tuple[str, float], Tensor]) -> list[dict]:
+    """Balls in which images stand that a smaller ball's attack broke."""
+    warnings = []
+    for (norm, epsilon), now in broken.items():
+        for (other, smaller), before in broken.items():
+            lost = int((before & ~now).sum())
+            if other == norm and smaller < epsilon and lost > allowed(len(now)):
+                seen = f"are broken within {smaller:g} but not here"
+                warnings.append(
+                    _warning("accuracy rises with epsilon", seen, lost, len(now), norm, epsilon)
+                )
+    return warnings
+
+
+def _above_chance(curve: Sequence[Mapping], dataset: TensorDataset) -> list[dict]:
+    """Radii of at least 1/2 in linf at which accuracy is above chance.
+
+    Every image can be made grey there, and of equal images no model gets more right than those
+    of one class: chance is the share of the most frequent one, on MNIST 11 %.
+    """
+    chance = dataset.tensors[1].bincount().max() / len(dataset)
+    return [
+        _warning("above chance", "stand", row["correct"], row["images"], "linf", row["epsilon"])
+        for row in curve
+        # Even the lower end of the 95 % interval.
+        if row["norm"] == "linf" and row["epsilon"] >= 0.5 and row["low"] > chance
+    ]
+
+
+# Check -> how its attack is called in a sentence.
+_OTHERS = {
+    "gradient-free stronger": "random search",
+    "few pixels stronger": "moving a few pixels far",
+}
+
+
+def _stronger(
+    check: str, attack: Callable, model, dataset, hits: Hits, broken: Mapping, images: int
+) -> list[dict]:
+    """The ball in which `attack` breaks most images that the multi-step attack left standing."""
+    worst, most = [], allowed(len(dataset))
+    for (norm, epsilon), by_many in broken.items():
+        standing = (hits["none", "", 0.0] & ~by_many).nonzero()[:, 0]
+        if not len(standing):
+            continue
+        few = spread(subset(dataset, standing), images)
+        right = correct(model, few, attack=partial(attack, epsilon=epsilon, norm=norm))
+        count = int((~right).sum())
+        # Of all images, not of those that stand: two out of two may be two out of a thousand.
+        estimate = count * len(standing) / len(few)
+        if estimate > most:
+            most = estimate
+            seen = f"that withstand the gradient are broken by {_OTHERS[check]}"
+            worst = [_warning(check, seen, count, len(few), norm, epsilon)]
+    return worst
+
+
+def _noise_as_strong(model, dataset, hits: Hits, broken: Mapping, images: int) -> list[dict]:
+    """Balls in which the multi-step attack breaks hardly more images than random noise does."""
+    chosen, warnings = hits["none", "", 0.0].nonzero()[:, 0], []
+    chosen = chosen[list(spread_indices(len(chosen), images))]
+    few, margin = subset(dataset, chosen), allowed(len(chosen))
+    for (norm, epsilon), by_many in broken.items() if len(chosen) else ():
+        right = correct(model, few, attack=partial(random_noise, epsilon=epsilon, norm=norm))
+        by_noise, by_attack = int((~right).sum()), int(by_many[chosen].sum())
+        # Nothing is wrong with an attack that breaks everything, or where noise breaks next to
+        # nothing: of a handful of images each, the two numbers cannot be told apart.
+        everything = by_attack >= len(few) - margin
+        if by_noise > 3 * margin and by_attack <= by_noise + margin and not everything:
+            seen = f"are broken by noise, {by_attack:,} by the attack"
+            warnings.append(_warning("noise as strong", seen, by_noise, len(few), norm, epsilon))
+    return warnings

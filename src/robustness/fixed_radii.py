@@ -1,0 +1,146 @@
+"""Accuracy under attack at fixed radii."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from src.attacks import gradient_attack, pgd_attack, right, with_gradients
+from src.certification.intervals import accuracy_interval
+from src.checks import check_count, check_dataset
+from src.convnn import evaluation_form
+from src.robustness.strongest import strongest_attack_stages
+from src.training_and_evaluation import correct
+from src.utils import progress_bar
+
+# The radii of the tables, in pixel units.
+RADII = (("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 1.0), ("l2", 2.0))
+SINGLE_STEP = "single step"
+
+
+def radii_with(*balls: tuple[str, float]) -> list[tuple[str, float]]:
+    """RADII and these pairs of norm and epsilon, each once: linf first, then by epsilon."""
+    return sorted({*RADII, *balls}, key=lambda ball: (ball[0] != "linf", ball[1]))
+
+
+def attacks(steps: int = 40) -> dict[str, Callable]:
+    """The attacks of tables and curves by name: (model, images, labels, epsilon, norm)."""
+    return {
+        SINGLE_STEP: gradient_attack,
+        # From the single step and from a random point: each start is the weaker one somewhere.
+        multi_step_name(steps): partial(pgd_attack, steps=steps, restarts=2, early_stop=True),
+    }
+
+
+def multi_step_name(steps: int) -> str:
+    """The name of PGD in `attacks`, in rows and in figures."""
+    return f"2x PGD-{steps}"
+
+
+@with_gradients()
+def attack_hits(
+    model: nn.Module,
+    dataset: TensorDataset,
+    *,
+    steps: int = 40,
+    radii: Sequence[tuple[str, float]] = RADII,
+    progress: bool = True,
+) -> dict[tuple[str, str, float], torch.Tensor]:
+    """Which images are classified correctly: clean, and under each attack at each radius.
+
+    Args:
+        model: images -> logits (B, classes).
+        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        steps: of PGD.
+        radii: pairs of norm and epsilon.
+        progress: show a progress bar.
+
+    Returns:
+        (attack, norm, epsilon) -> bool (N,); ("none", "", 0.0) are the clean images.
+    """
+    hits = {("none", "", 0.0): correct(model, dataset)}
+    plan = [(name, attack, *ball) for ball in radii for name, attack in attacks(steps).items()]
+    for name, attack, norm, epsilon in progress_bar(progress, plan, desc="attacking"):
+        bounded = partial(attack, epsilon=epsilon, norm=norm)
+        hits[name, norm, epsilon] = correct(model, dataset, attack=bounded)
+    return hits
+
+
+def table_rows(hits: Mapping[tuple[str, str, float], torch.Tensor]) -> list[dict]:
+    """The rows of `attack_table` out of `attack_hits`."""
+    return [accuracy_row(*where, right) for where, right in hits.items()]
+
+
+def attack_table(model: nn.Module, dataset: TensorDataset, **options) -> list[dict]:
+    """Accuracy on clean images and under each attack at each radius.
+
+    Args:
+        model, dataset, options: those of `attack_hits`.
+
+    Returns:
+        Rows with `attack`, `norm`, `epsilon`, `images`, `correct` (counts), `accuracy` and its
+        95 % interval `low`, `high` (Clopper-Pearson, test sampling).
+    """
+    return table_rows(attack_hits(model, dataset, **options))
+
+
+@with_gradients()
+def hits_by_stage(
+    model: nn.Module,
+    dataset: TensorDataset,
+    epsilon: float,
+    norm: str = "linf",
+    *,
+    batch_size: int = 1000,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **options,
+) -> dict[str, torch.Tensor]:
+    """Which images are still classified correctly after each stage of the strongest attack.
+
+    Args:
+        model: images -> logits (B, classes).
+        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        epsilon, norm, options: as for `strongest_attack_stages`.
+        batch_size: images a batch.
+        device: where the attack runs; default: where the model is.
+        progress: show a progress bar.
+
+    Returns:
+        Name of the stage -> bool (N,) on the CPU, "clean" first; none is true that was false
+        before. The last one is the answer.
+    """
+    check_dataset(dataset, empty=False)
+    check_count("batch_size", batch_size)
+    device = device or next(model.parameters(), dataset.tensors[0]).device
+    hits = {}
+    batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
+    with evaluation_form(model, probe=True) as network:
+        for images, labels in progress_bar(progress, batches, desc="attacking"):
+            images, labels = images.to(device), labels.to(device)
+            stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
+            standing = torch.ones(len(labels), dtype=torch.bool)
+            for name, points in stages:
+                # The same model and batch for every stage, so that rounding cannot decide.
+                standing = standing & right(network, points, labels).cpu()
+                hits.setdefault(name, []).append(standing)
+    return {name: torch.cat(parts) for name, parts in hits.items()}
+
+
+def accuracy_row(attack: str, norm: str, epsilon: float, hits: torch.Tensor) -> dict:
+    """One row of a table out of per-image results, bool (N,)."""
+    successes, images = int(hits.sum()), len(hits)
+    low, high = (float(np.squeeze(bound)) for bound in accuracy_interval(successes, images))
+    return {
+        "attack": attack,
+        "norm": norm,
+        "epsilon": epsilon,
+        "images": images,
+        "correct": successes,
+        "accuracy": successes / images,
+        "low": low,
+        "high": high,
+    }

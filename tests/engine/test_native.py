@@ -1,0 +1,291 @@
+"""The convolutions in C: the function of the network, whatever the vectors, and doing without."""
+
+import itertools
+import os
+import shlex
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.engine.folded import PRECISIONS, ramp
+from src.engine.native import (
+    NativeConvNN,
+    _library,
+    compiled,
+    fastest_precision,
+    form_name,
+    voting_form,
+)
+from src.engine.quantized import INTEGERS
+from src.models import ConvNN, SmoothClassifier
+
+# Where there is no compiler, the project does without these convolutions as well.
+COMPILER = (shlex.split(os.environ.get("CC", "cc")) or ["none"])[0]
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="there is no compiler")
+
+SHAPES = [
+    {"channels": (8, 24)},
+    {"channels": (16, 32)},
+    {"channels": (32, 48), "hidden": 48},
+    {"channels": (8, 8), "hidden": 8},
+    {"channels": (16, 16), "pooled": True},
+    {"channels": (32, 16), "pooled": True, "thresholds": (0.4, 0.6)},
+]
+# Built for vectors of either length: the compiler makes do with what the processor has.
+CASES = [
+    (lanes, options)
+    for lanes in (8, 16)
+    for options in SHAPES
+    if not any(width % lanes for width in options["channels"])
+]
+
+
+def trained(seed=0, **options):
+    """A network whose normalisation does something."""
+    torch.manual_seed(seed)
+    network = ConvNN(**options).eval()
+    for norm in (network.norm1, network.norm2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    return network
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def images_of(count):
+    return 2 * torch.rand(count, 1, 28, 28, generator=seeded(1)) - 0.5
+
+
+@pytest.fixture(params=CASES, ids=str)
+def options_and_lanes(request):
+    return request.param
+
+
+@pytest.fixture(params=PRECISIONS)
+def case(request, options_and_lanes):
+    """(the form of a network through torch, its form in C)."""
+    lanes, options = options_and_lanes
+    library = compiled(request.param, f"-DLANES={lanes}")
+    assert library.lanes() == lanes
+    form = trained(**options).inference_form(request.param)
+    return form, NativeConvNN(form, library)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 8, 17])
+def test_it_is_the_function_of_the_network(case, count):
+    through_torch, form = case
+    images = images_of(count)
+    # bfloat16 keeps 8 bits; sums in another order may be rounded the other way, twice.
+    rounding = 2**-7 if through_torch.dtype == torch.bfloat16 else 1e-5
+    with torch.no_grad():
+        expected = through_torch(images)
+        tolerance = rounding * expected.abs().max().item()
+        torch.testing.assert_close(form(images), expected, rtol=rounding, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_integers_are_the_same_to_the_bit(options_and_lanes, precision):
+    lanes, options = options_and_lanes
+    through_torch = trained(**options).inference_form(precision)
+    form = NativeConvNN(through_torch, compiled(precision, f"-DLANES={lanes}"))
+    # Noise far outside of the pixels, some of it beyond what an integer stands for.
+    images = images_of(13) + 4 * torch.randn(13, 1, 28, 28, generator=seeded(2))
+    images[0] *= 1e4
+    images[1, 0, 3, 3] = float("inf")
+    # The largest sum that there is: every pixel as far as it counts, on the side of its weight.
+    images[2, 0, 12:17, 12:17] = 100 * through_torch.kernel1[0, 0].sign()
+    features = through_torch.features(images)
+    assert features.dtype == INTEGERS[precision].dtype
+    assert features.float().std() > 5
+    # A NaN is an integer as well, whatever the processor makes of one.
+    images[5, 0, 7, 7], images[6, 0, 7, 7] = float("nan"), 0
+    features = through_torch.features(images)
+    assert torch.equal(form.features(images), features)
+    if options.get("hidden"):
+        # The largest sums of some channels, every feature as large as it may be.
+        largest = through_torch.kernel3.sign().clamp(min=0) * INTEGERS[precision].limit
+        features = torch.cat([features, largest.to(features.dtype)])
+        assert torch.equal(form.hidden(features), through_torch.hidden(features))
+
+
+def test_bfloat16_rounds_as_it_should(options_and_lanes):
+    # Every rounding in its place, all else in float64. A sum in float32 next to the middle of two
+    # numbers may go either way, and the next sum with it: seldom, and by one number.
+    lanes, options = options_and_lanes
+    folded = trained(**options).inference_form("bfloat16")
+    images = images_of(9)
+
+    def layer(values, kernel, bias):
+        values = F.conv2d(values, kernel.double(), bias.double(), folded.stride, padding=2)
+        return folded.halve(values).relu().bfloat16().double()
+
+    values = ramp(images, folded.thresholds).bfloat16().double()
+    values = layer(values, folded.kernel1, folded.bias1)
+    expected = layer(values, folded.kernel2, folded.bias2).permute(0, 2, 3, 1).flatten(1)
+    form = NativeConvNN(folded, compiled("bfloat16", f"-DLANES={lanes}"))
+    found = form.features(images)
+    assert found.dtype == torch.bfloat16
+    different = found.double() != expected
+    assert different.double().mean() < 0.01
+    step = 2**-8 * expected.abs().clamp(min=expected.max() / 100)
+    assert ((found.double() - expected).abs() <= 2 * step).all()
+
+
+def test_features_of_an_image_do_not_depend_on_its_batch(case):
+    # The fully connected layers are torch's matrix products and not looked at here.
+    form = case[1].features
+    images = images_of(20)
+    together = form(images)
+    assert together.abs().max() > 0
+    for part in (images[:1], images[3:4], images[7:20], images[13:]):
+        start = (images == part[0]).flatten(1).all(1).nonzero().item()
+        assert torch.equal(form(part), together[start : start + len(part)])
+    # Nor on what was there before, nor on the order in memory.
+    assert torch.equal(form(images.flip(0).flip(0)), together)
+    assert torch.equal(form(images.repeat(1, 1, 1, 2)[..., :28]), together)
+    assert torch.equal(form(images.double()), together)
+    assert form(images[:0]).shape == (0, together.shape[1])
+
+
+def test_a_nan_stays_one(case):
+    # It must not become a zero on the way and then a vote.
+    images = images_of(8)
+    images[3, 0, 14, 14] = float("nan")
+    with torch.no_grad():
+        logits = case[1](images)
+    assert logits[3].isnan().all()
+    assert not logits[[0, 1, 2, 4, 5, 6, 7]].isnan().any()
+
+
+def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch):
+    network = trained()
+    assert isinstance(voting_form(network, "float32"), NativeConvNN)
+    assert form_name(network, "float32") == "batch normalisation folded, convolutions in C"
+    smooth, images = SmoothClassifier(network, 1.0), images_of(2).clamp(0, 1)
+    with_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
+    monkeypatch.setattr("src.engine.native.compiled", lambda precision: None)
+    assert not isinstance(voting_form(network, "float32"), NativeConvNN)
+    assert form_name(network, "float32") == "batch normalisation folded"
+    without_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
+    assert torch.equal(with_it.prediction, without_it.prediction)
+    # Rounding decides one vote in some hundred thousand.
+    assert (with_it.top_count - without_it.top_count).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ((1, 0.1, 1.4, 1.5), "int16"),
+        ((1, 0.1, 1.4, 1.7), "int8"),
+        ((1, 0.1, 1.1, 1.1), "float32"),
+        ((1, 3, 3.2, 3.3), "bfloat16"),
+        ((1, 3, 4, 4), "int16"),
+        ((1, 1.1, 1.2, 1.3), "int16"),
+    ],
+)
+def test_the_fastest_precision_is_clearly_faster(speeds, expected, monkeypatch):
+    dtypes = (torch.float32, torch.bfloat16, torch.int16, torch.uint8)
+    rates = dict(zip(dtypes, speeds, strict=True))
+
+    def rate(form, images, seconds):
+        # On a busy machine most turns are slow ones.
+        return rates[form.dtype] / (1 + next(turns) // 4 % 5)
+
+    turns = itertools.count(4)
+    monkeypatch.setattr("src.engine.native._rate", rate)
+    assert fastest_precision(trained()) == expected
+
+
+def test_integers_are_not_chosen_where_a_network_has_none_in_c(monkeypatch):
+    monkeypatch.setattr("src.engine.native._rate", lambda form, *_: 1 + (form.dtype == torch.uint8))
+    assert fastest_precision(trained()) == "int8"
+    broken = trained()
+    broken.output.bias.data[0] = float("nan")
+    for other in (trained(channels=(16, 20)), trained(hidden=20), broken):
+        assert fastest_precision(trained(), other) == "float32"
+        assert fastest_precision(other) == "float32"
+
+
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_integers_cast_the_same_votes_without_a_compiler(precision, monkeypatch):
+    smooth = SmoothClassifier(trained(hidden=16), 1.0, precision=precision)
+    images, votes = images_of(2).clamp(0, 1), []
+    votes.append(smooth.certify(images, n0=100, n=2000, alpha=0.05))
+    monkeypatch.setattr("src.engine.native.compiled", lambda precision: None)
+    with pytest.warns(UserWarning, match="slow"):
+        votes.append(smooth.certify(images, n0=100, n=2000, alpha=0.05))
+    assert all(map(torch.equal, *votes))
+    assert votes[0].top_count.min() > 500
+
+
+def test_widths_that_do_not_fill_the_vectors_are_left_to_torch():
+    assert not isinstance(voting_form(trained(channels=(16, 20)), "float32"), NativeConvNN)
+    # A hidden layer is computed in C in integers only.
+    assert isinstance(voting_form(trained(hidden=20), "float32"), NativeConvNN)
+    with pytest.warns(UserWarning, match="slow"):
+        assert not isinstance(voting_form(trained(hidden=20), "int16"), NativeConvNN)
+
+
+def test_bfloat16_is_left_to_faster_units_of_the_processor(monkeypatch):
+    for has in (0, 1):
+        library = SimpleNamespace(lanes=lambda: 8, matrix_units=lambda has=has: has)
+        monkeypatch.setattr(
+            "src.engine.native.compiled", lambda precision, library=library: library
+        )
+        network = trained()
+        assert _library(network, "bfloat16") == (None if has else library)
+        assert _library(network, "float32") == library
+
+
+def test_images_elsewhere_than_on_the_cpu_are_refused():
+    form = voting_form(trained(), "float32")
+    with pytest.raises(ValueError, match="on the CPU"):
+        form(torch.zeros(2, 1, 28, 28, device="meta"))
+
+
+@pytest.fixture
+def fresh():
+    """Whatever the test makes of the compiler is forgotten afterwards."""
+    compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
+# No such program, one that fails, a shell's half word, and no vectors.
+@pytest.mark.parametrize("compiler", ["none-such", "false", '"', f"{COMPILER} -D__attribute__(x)="])
+def test_without_a_good_compiler_there_is_no_library(compiler, fresh, monkeypatch):
+    assert compiled("float32") is not None
+    compiled.cache_clear()
+    monkeypatch.setenv("CC", compiler)
+    assert compiled("float32") is None
+    assert not isinstance(voting_form(trained(), "float32"), NativeConvNN)
+
+
+def test_a_compiler_that_hangs_is_given_up_once_with_its_children(fresh, monkeypatch, tmp_path):
+    compiler, started = tmp_path / "cc", tmp_path / "started"
+    compiler.write_text(f"#!/bin/sh\nsleep 60 &\necho $! >> '{started}'\nwait\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr("src.engine.native.COMPILER_SECONDS", 0.5)
+    start = time.monotonic()
+    assert [compiled(precision) for precision in PRECISIONS] == [None] * len(PRECISIONS)
+    assert time.monotonic() - start < 5
+    (child,) = started.read_text().split()
+    # A moment later it has ended, or is a zombie that waits for its new parent.
+    time.sleep(0.2)
+    state = Path("/proc", child, "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ValueError, match="28"):
+        voting_form(trained(), "float32")(torch.zeros(2, 1, 27, 28))

@@ -1,0 +1,86 @@
+"""Attacks on certificates: sound ones stand, stretched ones fall."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from src.models import SmoothClassifier
+from src.robustness.challenge import broken_allowed, challenge_certificates, smoothed_attack
+from src.training_and_evaluation import evaluate_robustness
+
+
+class HalfSpace(nn.Module):
+    """Class 0 where the first pixels' sum, scaled to unit length, is above a threshold."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        weight = torch.zeros(784)
+        weight[:64] = 1 / 8
+        self.register_buffer("weight", weight)
+        self.threshold = threshold
+
+    def forward(self, images):
+        score = 20 * (images.flatten(1) @ self.weight - self.threshold)
+        return torch.stack([score, -score], dim=1)
+
+
+@pytest.fixture(scope="module")
+def certified():
+    """Grey images whose exact radius is the margin, 0.2 to 0.7, and their rows."""
+    images = torch.full((6, 1, 28, 28), 0.5)
+    images.flatten(1)[:, :64] += torch.linspace(0.2, 0.7, 6)[:, None] / 8
+    smooth = SmoothClassifier(HalfSpace(4.0), 0.5, num_classes=2)
+    dataset = TensorDataset(images, torch.zeros(6, dtype=torch.int64))
+    return smooth, dataset, list(evaluate_robustness(smooth, dataset, n=20_000, progress=False))
+
+
+def test_sound_certificates_are_not_broken(certified):
+    # False alarm: at most 6 alpha = 0.006 for the certificates, 1e-4 for the votes.
+    assert challenge_certificates(*certified, images=6, progress=False) == (0, 6)
+
+
+def test_radii_stretched_by_half_are_broken(certified):
+    # The smoothed half-space changes exactly at the margin, so every stretched ball is wrong.
+    broken, tried = challenge_certificates(*certified, images=6, stretch=1.5, progress=False)
+    assert (broken, tried) == (6, 6)
+
+
+def test_attack_stays_in_ball_and_box_and_reaches_the_boundary(certified):
+    smooth, dataset, _ = certified
+    images, labels = dataset.tensors
+    radii = torch.linspace(0.1, 3.0, 6)
+    points = smoothed_attack(smooth, images, labels, radii)
+    length = (points - images).flatten(1).norm(dim=1)
+    assert (length <= radii * (1 + 1e-5)).all()
+    assert points.min() >= 0
+    assert points.max() <= 1
+    # A linear score falls fastest straight towards the boundary: the optimum is the radius.
+    moved = (images - points).flatten(1) @ smooth.base_classifier.weight
+    assert torch.allclose(moved[:3], radii[:3], rtol=0.02)
+
+
+@pytest.mark.parametrize(("images", "largest", "smallest"), [(50, 0.99, 0.01), (1, 0.99, 0.99)])
+def test_choice_is_spread_over_the_radii_up_to_the_largest(monkeypatch, images, largest, smallest):
+    tried = []
+
+    def attack(smooth, image, label, radius, **options):
+        tried.append(float(radius[0]))
+        return image
+
+    monkeypatch.setattr("src.robustness.challenge.smoothed_attack", attack)
+    rows = [{"index": 0, "prediction": 0, "radius": k / 100} for k in range(1, 100)]
+    rows.append({"index": 0, "prediction": -1, "radius": 0})
+    smooth = SmoothClassifier(HalfSpace(4.0), 0.5, num_classes=2)
+    dataset = TensorDataset(torch.full((1, 1, 28, 28), 0.5), torch.zeros(1, dtype=torch.int64))
+    options = {"images": images, "n": 20, "progress": False}
+    assert challenge_certificates(smooth, dataset, rows, **options)[1] == images
+    assert len(tried) == images
+    assert max(tried) == pytest.approx(largest)
+    assert min(tried) == pytest.approx(smallest)
+
+
+def test_allowed_breaks_follow_the_binomial():
+    assert broken_allowed(1, 0.001) == 0
+    assert broken_allowed(100, 0.001) == 2
+    assert broken_allowed(100, 0.5) > 60
