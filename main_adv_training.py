@@ -23,6 +23,7 @@ from src.methods.adversarial import (
     collapsed_epochs,
     held_out_watch,
     ramped_adversarial_loss,
+    trades_loss,
     training_attack,
 )
 from src.models import ConvNN
@@ -31,7 +32,7 @@ from src.provenance import provenance
 from src.reports.one_model import report_attacks
 from src.reports.plotting import plot_held_out_robustness, plot_training
 from src.robustness.fixed_radii import radii_with
-from src.training_and_evaluation import accuracy, adversarial_loss, trades_loss, train_model
+from src.training_and_evaluation import accuracy, adversarial_loss, train_model
 from src.utils import get_device, load_training_data, seed_everything, spread
 
 NAME, TITLE = "adversarial_training", "Adversarial training"

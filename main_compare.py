@@ -7,7 +7,7 @@ results/comparison_smallest_epsilons.csv and figures.
 
 from pathlib import Path
 
-from src.certification.bounds import minimum_successes
+from src.certification import minimum_successes
 from src.command_line import (
     count,
     number,
@@ -17,10 +17,10 @@ from src.command_line import (
     share,
     when_interrupted,
 )
-from src.engine.folded import PRECISIONS
-from src.engine.native import fastest_precision
+from src.engine.forms import common_precision
+from src.engine.parts import PRECISIONS
 from src.files import lock_file
-from src.optimisation.processes import from_main, is_main, processes, rank, restarted, wait_for_all
+from src.optimisation.processes import is_main, process_count, rank, restarted, wait_for_all
 from src.provenance import provenance
 from src.reports.comparison import (
     MODELS,
@@ -30,7 +30,6 @@ from src.reports.comparison import (
     drop_shards,
     load_models,
     merge_shards,
-    recorded_precision,
     report_comparison,
     set_targets_aside,
     smoothing_sigma,
@@ -44,13 +43,12 @@ def main(argv=None):
     seed_everything(args.seed)
     test = load_mnist("test", args.data)
     indices = range(0, len(test), args.every)
-    shard = args.shard or (rank() + 1, processes())
+    shard = args.shard or (rank() + 1, process_count())
     models = load_models(args.models, device, {name: getattr(args, name) for name in MODELS})
     args.sigma = args.sigma or smoothing_sigma(models["smoothed"])
     results = Path(args.results)
     resume = args.resume or restarted()
-    if args.precision == "auto":
-        args.precision = measured_precision(models, results, shard, resume=resume)
+    args.precision = args.precision or common_precision(*models.values())
     facts = provenance(Path(__file__).stem, args, argv)
 
     reports = is_main() and not args.shard
@@ -85,8 +83,8 @@ def main(argv=None):
 def report(models, test, indices, certificates, args, facts):
     """Attack the models, and write and draw all that is known of them."""
     results = Path(args.results)
-    if processes() > 1:
-        certificates = merge_shards(models, results, processes())
+    if process_count() > 1:
+        certificates = merge_shards(models, results, process_count())
     evaluations = attack_models(models, test, indices, steps=args.steps)
     report_comparison(
         evaluations,
@@ -107,8 +105,8 @@ def report(models, test, indices, certificates, args, facts):
             images=args.challenge,
             seed=args.seed,
         )
-    if processes() > 1:
-        drop_shards(models, results, processes())
+    if process_count() > 1:
+        drop_shards(models, results, process_count())
     print(f"\nFigures in {args.figures}/, rows in {args.results}/")
 
 
@@ -119,24 +117,13 @@ def complete(args):
         ValueError: for options that cannot certify, or have no effect beside the others.
     """
     minimum_successes(args.n, args.alpha)
-    if args.shard and processes() > 1:
+    if args.shard and process_count() > 1:
         raise ValueError("Give either --shard or several processes of torchrun, not both.")
     for name in ("steps", "challenge"):
         if args.shard and getattr(args, name):
             raise ValueError(f"--{name} has no effect with --shard, which only certifies.")
     args.steps = args.steps or (4 if args.quick else 40)
     return args
-
-
-def measured_precision(models, results: Path, shard, *, resume: bool) -> str:
-    """The precision in which the networks vote fastest here, or that of rows to go on with."""
-
-    def measure() -> str:
-        # Rows that stand decide: on a busy machine a second measurement may come out otherwise.
-        recorded = resume and recorded_precision(results, "standard", shard)
-        return recorded or fastest_precision(models["smoothed"], *models.values())
-
-    return from_main(measure)
 
 
 def option_parser():
@@ -156,9 +143,8 @@ def option_parser():
     add("--alpha", type=number(0, 1), default=0.001, help=odds)
     add(
         "--precision",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="of the networks that vote and are certified; auto: the fastest, by a measurement",
+        choices=PRECISIONS,
+        help="of the networks that vote; default: int8 where all of them can, else float32",
     )
     both = "bound the other classes as well: a second radius, in columns of its own"
     add("--two-sided", action="store_true", help=both)

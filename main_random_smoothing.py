@@ -8,7 +8,7 @@ results/randomized_smoothing_certificates.csv and figures.
 
 from pathlib import Path
 
-from src.certification.bounds import minimum_successes
+from src.certification import minimum_successes
 from src.checkpoints import load_checkpoint, save_checkpoint
 from src.command_line import (
     count,
@@ -20,7 +20,7 @@ from src.command_line import (
     training_options,
     when_interrupted,
 )
-from src.engine.folded import PRECISIONS
+from src.engine.parts import PRECISIONS
 from src.methods.smoothing import METHODS, ramped_smoothing_loss
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import from_main, is_main

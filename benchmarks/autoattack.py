@@ -46,11 +46,12 @@ from pathlib import Path
 
 import torch
 
-from src.attacks import pgd_attack, projection
+from src.attacks import pgd_attack
+from src.balls import projection
 from src.certification.intervals import accuracy_interval
 from src.checkpoints import load_checkpoint, weights_digest
 from src.command_line import count, number, run
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
 from src.files import lock_file, write_json
 from src.provenance import code_commit
 from src.records.rows import read_rows

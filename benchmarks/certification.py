@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from src.engine.native import fastest_precision
+from src.engine.forms import fastest_precision
 from src.engine.votes import single_threaded_workers
 from src.models import ConvNN, SmoothClassifier
 from src.utils import load_mnist, seed_everything

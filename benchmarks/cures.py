@@ -29,12 +29,13 @@ from torch import Tensor
 from benchmarks import autoattack
 from src.attacks import gradient_attack
 from src.command_line import count, run
-from src.convnn import ConvNN, evaluation_form
+from src.engine.untouched import evaluation_form
 from src.methods.adversarial import collapsed_epochs, held_out_watch, training_attack
+from src.models import ConvNN
 from src.provenance import code_commit
 from src.records.rows import read_rows, write_rows
 from src.reports.tables import format_table
-from src.robustness.fixed_radii import hits_by_stage
+from src.robustness.strongest import hits_by_stage
 from src.training_and_evaluation import accuracy, adversarial_loss, standard_loss, train_model
 from src.utils import load_training_data, seed_everything, spread, subset
 

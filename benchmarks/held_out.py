@@ -15,7 +15,7 @@ Run: python -m benchmarks.held_out --sigma 1 --method confidence --hidden 256 --
 import numpy as np
 
 import main_random_smoothing
-from src.certification.bounds import certified_radius, lower_confidence_bound
+from src.certification import certified_radius, lower_confidence_bound
 from src.command_line import count, run
 from src.reports.tables import format_table
 from src.utils import get_device, load_training_data, seed_everything, spread

@@ -10,9 +10,8 @@ import argparse
 import statistics
 
 from src.command_line import count, run
-from src.convnn import ConvNN
 from src.methods.smoothing import ramped_smoothing_loss
-from src.models import SmoothClassifier
+from src.models import ConvNN, SmoothClassifier
 from src.training_and_evaluation import train_model
 from src.utils import get_device, load_mnist, seed_everything
 

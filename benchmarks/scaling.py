@@ -17,7 +17,7 @@ import time
 import torch
 
 from src.models import ConvNN, SmoothClassifier
-from src.optimisation.processes import process_group, processes, rank, wait_for_all
+from src.optimisation.processes import process_group, process_count, rank, wait_for_all
 from src.utils import load_mnist, seed_everything
 
 
@@ -25,7 +25,7 @@ def work(images, n):
     """One process's share; the first prints the seconds that all took and the sum of its votes."""
     seed_everything(0)
     smooth = SmoothClassifier(ConvNN().eval(), 0.5)
-    mine = range(rank() * 20, images * 20, processes() * 20)
+    mine = range(rank() * 20, images * 20, process_count() * 20)
     test = load_mnist("test").tensors[0][list(mine)]
     smooth.certify(test[:1], n=2000, indices=[0])
     wait_for_all()
@@ -33,7 +33,7 @@ def work(images, n):
     votes = smooth.certify(test, n=n, indices=mine).top_count.sum()
     wait_for_all()
     seconds = time.perf_counter() - start
-    if processes() > 1:
+    if process_count() > 1:
         torch.distributed.all_reduce(votes)
     print(f"{seconds} {int(votes)}")
 

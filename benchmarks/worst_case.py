@@ -22,7 +22,7 @@ from src.files import write_json
 from src.provenance import code_commit
 from src.records.rows import write_rows
 from src.reports.tables import format_table, percent
-from src.robustness.fixed_radii import hits_by_stage
+from src.robustness.strongest import hits_by_stage
 from src.utils import get_device, load_mnist, subset
 
 NOT_STAGES = ("index", "label")

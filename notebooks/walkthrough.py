@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from src.attacks import gradient_attack, pgd_attack
-from src.certification.bounds import certified_radius, lower_confidence_bound, maximum_radius
+from src.certification import certified_radius, lower_confidence_bound, maximum_radius
 from src.checkpoints import load_checkpoint
 from src.models import SmoothClassifier
 from src.reports.tables import round_down

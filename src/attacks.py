@@ -5,16 +5,13 @@ was: modes, batch-normalisation statistics, `.grad` of every parameter. The mode
 evaluation mode. Results lie in the ball and in `clip` as stored, not only up to rounding.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from src.balls import direction, projection, random_in_ball
 from src.checks import (
     check_ball,
     check_count,
@@ -22,27 +19,11 @@ from src.checks import (
     check_images,
     check_labels,
     check_number,
-    checked_logits,
-    predicted,
 )
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
+from src.verdicts import Worst, value_and_gradient, with_gradients
 
 LOSSES = ("cross_entropy", "margin")
-# What has been warned of in the outermost block `with_gradients`; None outside of one.
-_told: ContextVar[list | None] = ContextVar("told", default=None)
-
-
-@contextmanager
-def with_gradients() -> Iterator[None]:
-    """Gradients are on, whatever the caller has switched off, and missing ones warned of once."""
-    outermost = _told.set([]) if _told.get() is None else None
-    try:
-        # It undoes no_grad as well.
-        with torch.inference_mode(False):
-            yield
-    finally:
-        if outermost:
-            _told.reset(outermost)
 
 
 @with_gradients()
@@ -77,7 +58,7 @@ def gradient_attack(
     if epsilon == 0 or not len(images):
         return images.clone()
     with evaluation_form(model) as network:
-        _, _, gradient = _value_and_gradient(network, images, labels, "cross_entropy", targeted)
+        _, _, gradient = value_and_gradient(network, images, labels, "cross_entropy", targeted)
     project = projection(images, epsilon, norm, clip)
     return project(images + epsilon * direction(gradient, norm))
 
@@ -190,7 +171,7 @@ def random_start_attack(
     generator = generator or torch.Generator().manual_seed(0)
     points = project(images + random_in_ball(images, epsilon, norm, generator))
     with evaluation_form(model) as network:
-        _, _, gradient = _value_and_gradient(network, points, labels, "cross_entropy", False)
+        _, _, gradient = value_and_gradient(network, points, labels, "cross_entropy", False)
     return project(points + step_size * direction(gradient, norm))
 
 
@@ -242,173 +223,6 @@ def attacked_batch(attack: Callable, model: nn.Module, images: Tensor, labels: T
     if not bool(((found >= 0) & (found <= 1)).all()):
         raise ValueError("'attack' returned pixels outside [0, 1] or NaN; clamp them to [0, 1].")
     return found.detach().to(images.device)
-
-
-class Worst:
-    """The worst point visited so far, image by image."""
-
-    def __init__(self, network, images, labels, loss, targeted):
-        self.network, self.labels, self.how = network, labels, (loss, targeted)
-        # Not of inference mode: in one of its blocks or not, they are written to later on.
-        with torch.inference_mode(False):
-            self.points = images.clone()
-            self.value = images.new_full((len(images),), -torch.inf)
-            self.success = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-    def standing(self, chosen=slice(None)) -> Tensor:
-        """Positions among the `chosen` images of those that are not misclassified yet."""
-        return (~self.success[chosen]).nonzero()[:, 0]
-
-    def visit(self, points: Tensor, chosen=slice(None), want_gradient=True) -> Tensor | None:
-        """Evaluate and `keep` the points; returns the gradient there, if it is wanted."""
-        if not len(points):
-            return points
-        value, success, gradient = _value_and_gradient(
-            self.network, points, self.labels[chosen], *self.how, want_gradient
-        )
-        self.keep(points, chosen, value, success)
-        return gradient
-
-    def keep(self, points: Tensor, chosen, value: Tensor, success: Tensor) -> None:
-        """Keep `points`, of the `chosen` images, where they beat the worst so far."""
-        before, highest = self.success[chosen], self.value[chosen]
-        # A network in float64 may be given images in float32.
-        value = known(value).to(highest.dtype)
-        better = (success & ~before) | ((success == before) & (value > highest))
-        self.points[chosen] = torch.where(better[:, None, None, None], points, self.points[chosen])
-        self.value[chosen] = torch.where(better, value, highest)
-        self.success[chosen] = before | success
-
-
-def _value_and_gradient(network, points, labels, loss, targeted, want_gradient=True):
-    """What the attacker maximises (B,), whether it succeeded (B,), and the gradient."""
-    points = points.detach().clone().requires_grad_(want_gradient)
-    # Autograd keeps the labels, and refuses those that were made in inference mode.
-    labels = labels.clone()
-    with torch.set_grad_enabled(want_gradient):
-        logits = logits_of(network, points, labels)
-        if loss == "cross_entropy":
-            value = F.cross_entropy(logits, labels, reduction="none")
-        else:
-            value = margin(logits, labels)
-        value = -value if targeted else value
-    gradient = gradient_of(value, points) if want_gradient else None
-    hit = predicted(logits) == labels
-    return value.detach(), hit if targeted else ~hit, gradient
-
-
-def gradient_of(value: Tensor, points: Tensor) -> Tensor:
-    """Gradient of the sum of `value` by `points`; zero, and warned of, if there is none."""
-    gradient, reason = None, "its logits are cut off from them"
-    if value.requires_grad:
-        try:
-            # autograd.grad and not backward: the gradients of the parameters stay as they are.
-            (gradient,) = torch.autograd.grad(value.sum(), points, allow_unused=True)
-        except RuntimeError as error:
-            if "implement" not in str(error):
-                raise
-            reason = str(error)
-    if gradient is not None:
-        return gradient
-    told = _told.get()
-    if not told:
-        warnings.warn(
-            f"'model' has no gradient by the images ({reason}): it is taken for zero, so count "
-            "attacks without gradients too, such as square_attack.",
-            stacklevel=2,
-        )
-    if told is not None:
-        told.append(reason)
-    return torch.zeros_like(points)
-
-
-def logits_of(network, points: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B, classes), which must have all the classes of `labels`."""
-    return checked_logits(network(points), len(points), labels)
-
-
-@torch.no_grad()
-def right(network, points: Tensor, labels: Tensor) -> Tensor:
-    """Whether each point is classified correctly, bool (B,)."""
-    return predicted(logits_of(network, points, labels)) == labels
-
-
-def known(value: Tensor) -> Tensor:
-    """`value` with -inf for NaN, which every later value beats."""
-    return value.masked_fill(value.isnan(), -torch.inf)
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest logit of the other classes minus that of the label (B,)."""
-    own = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(dim=1) - own[:, 0]
-
-
-def direction(gradient: Tensor, norm: str) -> Tensor:
-    """Steepest ascent of unit length in `norm`; zero where the gradient is zero or not a number."""
-    gradient = torch.nan_to_num(gradient)
-    if norm == "linf":
-        return gradient.sign()
-    # Scaled by the largest entry first, so that no square under- or overflows.
-    largest = gradient.flatten(1).abs().amax(dim=1)
-    gradient = gradient / torch.where(largest > 0, largest, 1)[:, None, None, None]
-    length = gradient.flatten(1).norm(dim=1)
-    return gradient / torch.where(length > 0, length, 1)[:, None, None, None]
-
-
-def random_in_ball(images: Tensor, epsilon: float, norm: str, generator) -> Tensor:
-    """A perturbation drawn uniformly from the ball, on the device of `images`."""
-    shape = images.shape
-    if norm == "linf":
-        noise = torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
-        return (epsilon * noise).to(images)
-    noise = torch.randn(shape, generator=generator, device=generator.device)
-    # A uniform radius would crowd the centre: the volume grows as its d-th power.
-    fraction = torch.rand(shape[0], generator=generator, device=generator.device)
-    length = epsilon * fraction ** (1 / images[0].numel())
-    return (direction(noise, "l2") * length[:, None, None, None]).to(images)
-
-
-def projection(images: Tensor, epsilon: float, norm: str, clip) -> Callable[..., Tensor]:
-    """points, chosen -> the nearest points of the balls around the chosen images, within `clip`."""
-    if norm == "linf":
-        low, high = linf_box(images, epsilon, clip)
-        return lambda points, chosen=slice(None): points.clamp(low[chosen], high[chosen])
-    # The sum image + perturbation is rounded once more when it is stored: leave room for that.
-    rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5 * max(map(abs, clip))
-    radius = max(epsilon * (1 - 1e-6) - rounding, 0)
-
-    def project(points: Tensor, chosen=slice(None)) -> Tensor:
-        change = points - images[chosen]
-        length = change.flatten(1).norm(dim=1)
-        shrink = (radius / torch.where(length > radius, length, radius or 1)).clamp(max=1)
-        # Clipping to a box that holds the image only moves the point closer to it.
-        return (images[chosen] + shrink[:, None, None, None] * change).clamp(*clip)
-
-    return project
-
-
-def linf_box(images: Tensor, epsilon: float, clip) -> tuple[Tensor, Tensor]:
-    """Lowest and highest pixels of the linf balls, within `clip`."""
-    return _inward(images, -epsilon).clamp(min=clip[0]), _inward(images, epsilon).clamp(max=clip[1])
-
-
-def _inward(images: Tensor, change: float) -> Tensor:
-    """images + change, rounded towards `images`: as stored, no further away than |change|.
-
-    0.3 is not a floating-point number and neither is the sum, so plain addition would leave
-    the ball by half a unit in the last place at every other pixel.
-    """
-    zero = torch.zeros((), dtype=images.dtype)
-    stored = zero + change
-    if abs(stored.item()) > abs(change):
-        stored = torch.nextafter(stored, zero)
-    # MPS has no float64.
-    start = images.cpu() if images.device.type == "mps" else images
-    bound = (start.double() + stored.item()).to(images.dtype)
-    outside = (bound.double() - start.double()).abs() > abs(stored.item())
-    return torch.where(outside, torch.nextafter(bound, start), bound).to(images.device)
 
 
 def checked(images, labels, epsilon, norm, clip) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from src.engine.folded import FLOATS
+from src.engine.parts import FLOATS
 from src.files import check_target, check_writable, drop_equal_copies, lock_file, set_aside
 from src.optimisation.processes import is_main, process_group, report_failure
 from src.optimisation.updates import OPTIMIZERS

@@ -1,18 +1,18 @@
 """The network `ConvNN`, and the classifier obtained by smoothing it with Gaussian noise."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.certification.bounds import (
     abstain_p_value,
     certified_radius,
-    check_open_unit,
     lower_confidence_bound,
     minimum_successes,
     required_probability,
@@ -22,22 +22,20 @@ from src.certification.bounds import (
 from src.certification.stopping import (
     CERTIFY,
     CONTINUE,
-    is_settled,
     look_schedule,
     mixture_decision,
-    staged_looks,
 )
 from src.checks import (
     check_count,
     check_function,
     check_images,
     check_number,
+    check_shape,
     evaluation_mode,
 )
-from src.convnn import ConvNN
-from src.engine.folded import check_precision
-from src.engine.native import WORTH_ONE_CALL, voting_form
-from src.engine.untouched import agrees, alteration, has_hooks, unwrapped
+from src.engine import forms
+from src.engine.parts import check_precision, ramp
+from src.engine.untouched import agrees, alteration, has_hooks, is_ramp, unwrapped
 from src.engine.votes import (
     IN_TURN,
     count_votes,
@@ -45,12 +43,109 @@ from src.engine.votes import (
     running_votes,
     single_threaded_workers,
 )
+from src.ranges import check_open_unit
 
 ABSTAIN = -1
+# Of a layer: wider ones fit into no memory.
+WIDEST = 2**20
+
+
+class ConvNN(nn.Module):
+    """Two strided 5x5 convolutions with batch normalisation, then a fully connected output.
+
+    Stride 2 halves the image twice (28 -> 14 -> 7) in place of pooling: at equal training time
+    it was the more accurate choice (`benchmarks/architectures.py`). Pixels go in as they are;
+    the first batch normalisation takes the place of an input normalisation.
+
+    Args:
+        channels: widths of the two convolutions.
+        hidden: width of one more fully connected layer before the output; None for none.
+        num_classes: number of logits.
+        thresholds: (low, high) of a ramp that every pixel passes first: 0 up to low, 1 from high
+            on; None for none. MNIST is nearly black and white, so a ramp around one half makes
+            most of a ball of radius 0.3 vanish. Its gradient is passed straight through (Bengio
+            et al., 2013), as if the ramp had no ends, lest it hide the rest of the network from
+            attacks (Athalye et al., ICML 2018).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 32),
+        hidden: int | None = None,
+        num_classes: int = 10,
+        *,
+        thresholds: tuple[float, float] | None = None,
+    ):
+        super().__init__()
+        if len(channels) != 2:
+            raise ValueError(f"'channels' = {tuple(channels)} must have two entries.")
+        for width in channels:
+            _check_width("channels", width)
+        if hidden is not None:
+            _check_width("hidden", hidden)
+        _check_width("num_classes", num_classes, 2)
+        self.config = {"channels": list(channels), "hidden": hidden, "num_classes": num_classes}
+        if thresholds is not None:
+            if not is_ramp(thresholds):
+                raise ValueError(f"'thresholds' = {thresholds} must be 0 <= low < high <= 1.")
+            # Left out if there are none, so that older checkpoints keep their digests.
+            self.config |= {"thresholds": [float(value) for value in thresholds]}
+        self.thresholds = self.config.get("thresholds")
+        first, second = channels
+        features = second * 7 * 7
+        self.conv1 = nn.Conv2d(1, first, 5, stride=2, padding=2, bias=False)
+        self.norm1 = nn.BatchNorm2d(first)
+        self.conv2 = nn.Conv2d(first, second, 5, stride=2, padding=2, bias=False)
+        self.norm2 = nn.BatchNorm2d(second)
+        self.hidden = nn.Linear(features, hidden) if hidden else None
+        self.output = nn.Linear(hidden or features, num_classes)
+        # On two CPU cores channels-last was 1.0 to 1.2 times as fast here; not measured on a GPU.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 1, 28, 28).
+
+        Raises:
+            ValueError: for another shape.
+        """
+        check_shape(images)
+        images = ramp(images, self.thresholds).to(next(self.parameters(), images).dtype)
+        features = F.relu(self.norm1(self.conv1(images)))
+        features = F.relu(self.norm2(self.conv2(features))).flatten(1)
+        if self.hidden is not None:
+            features = F.relu(self.hidden(features))
+        # In float32 under autocast too: eight bits would tie the two largest logits now and then.
+        if torch.is_autocast_enabled(images.device.type):
+            features = features.float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.output(features)
+
+    def inference_form(self, precision: str = "float32") -> nn.Module:
+        """A copy for evaluation only, the same function up to rounding, and faster.
+
+        Args:
+            precision: "float32", or "bfloat16", "int16" or "int8" for all layers but the output.
+                Integers have no gradients.
+
+        Raises:
+            ValueError: for another precision, where `QuantizedConvNN` does, and for a network that
+                was altered after it was made: only `forward` knows what that does.
+        """
+        return forms.inference_form(self, precision)
+
+    def attacked_form(self, precision: str) -> nn.Module:
+        """What `evaluation_form` makes of this network; it passes gradients to the images."""
+        return forms.attacked_form(self, precision)
+
+
+def _check_width(name: str, width: int, minimum: int = 1) -> None:
+    check_count(name, width, minimum)
+    if width > WIDEST:
+        raise ValueError(f"'{name}' must be at most {WIDEST:,}.")
 
 
 class Certificate(NamedTuple):
-    """What CERTIFY returns, one entry an image, on the CPU."""
+    """What CERTIFY returns, one entry per image, on the CPU."""
 
     prediction: Tensor  # int64, the class, or ABSTAIN
     radius: Tensor  # float64, l2 in pixel units, 0 when abstaining
@@ -58,7 +153,17 @@ class Certificate(NamedTuple):
     p_lower: Tensor  # float64, lower confidence bound of that class's probability
     rival_count: Tensor  # int64, most votes of any other class
     radius_two_sided: Tensor  # float64, a certificate of its own from the same votes
-    samples: Tensor  # int64, the n behind counts and bounds: fewer if it stopped early
+
+    def __repr__(self) -> str:
+        """A line per image; radii and probabilities are rounded down."""
+        lines = ["class  radius  votes for it  probability at least"]
+        for label, radius, votes, p in zip(
+            *(f.reshape(-1).tolist() for f in self[:4]), strict=True
+        ):
+            name = "none" if label == ABSTAIN else label
+            radius, p = math.floor(radius * 1000) / 1000, math.floor(p * 1e6) / 1e6
+            lines.append(f"{name:>5}  {radius:6.3f}  {votes:12,}  {p:.6f}")
+        return "\n".join(lines)
 
 
 class RadiusDecision(NamedTuple):
@@ -83,9 +188,11 @@ class SmoothClassifier(nn.Module):
         sigma: standard deviation of the noise, in pixel units.
         num_classes: number of logits of f.
         precision: "float32", "bfloat16", "int16" or "int8", of the network that votes, which is the
-            classifier then certified (others than float32 for a ConvNN only; see
-            `fastest_precision`).
+            classifier then certified (others than float32 for a ConvNN as it was made only).
     """
+
+    # One draw per image: its answers change from call to call.
+    draws_noise = True
 
     def __init__(
         self,
@@ -146,10 +253,11 @@ class SmoothClassifier(nn.Module):
         check_count("n", n)
         check_open_unit("alpha", alpha)
         predictions = []
-        for poll in self._polls(images, n, batch_size, seed, indices):
-            (second, first), leader = _two_largest(poll("predict", n))
+        for votes in self._counters(images, batch_size, seed, indices):
+            counts = votes("predict", n)
+            second, first = np.sort(counts)[-2:]
             decided = abstain_p_value(first, second) <= alpha
-            predictions.append(leader if decided else ABSTAIN)
+            predictions.append(int(counts.argmax()) if decided else ABSTAIN)
         return _as_batch(torch.tensor(predictions, dtype=torch.int64), images)
 
     def certify(
@@ -162,8 +270,6 @@ class SmoothClassifier(nn.Module):
         batch_size: int | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
-        stop: str = "fixed",
-        tolerance: float = 0.05,
     ) -> Certificate:
         """Certified l2 radius of the smoothed prediction (CERTIFY, Cohen et al., ICML 2019).
 
@@ -171,10 +277,9 @@ class SmoothClassifier(nn.Module):
         For each image alone, over the draws of noise, the chance of returning a radius within
         which the smoothed prediction changes is at most `alpha`.
 
-        `radius_two_sided` bounds every rival class from above as well and splits `alpha` between
-        them (equation 3 there; see `tight_bounds`). Its guarantee is as good, and apart from the
-        plain one's: whoever takes the larger of the two for an image must double `alpha`. It is
-        0 where the plain certificate abstains.
+        `radius_two_sided` bounds every other class from above as well and splits `alpha` between
+        the bounds (equation 3 there; `two_sided_bounds`). It is a certificate of its own: whoever
+        takes the larger of the two radii must double `alpha`. It is 0 where CERTIFY abstains.
 
         Args:
             images: (B, 1, 28, 28) or (1, 28, 28), pixels in [0, 1].
@@ -184,9 +289,6 @@ class SmoothClassifier(nn.Module):
             batch_size: at most so many copies pass through the network at once.
             seed: of the noise.
             indices: numbers of the images in their data set; default: their position here.
-            stop: "fixed" draws all of `n`; "auto" looks now and then, at a price out of `alpha`,
-                and leaves an image whose radius will not grow much (`src/stopping.py`).
-            tolerance: what "auto" considers not much, in units of sigma.
 
         Returns:
             Certificate of tensors (B,), zero-dimensional for one image.
@@ -197,35 +299,33 @@ class SmoothClassifier(nn.Module):
         """
         check_count("n0", n0)
         check_count("n", n)
-        check_number("tolerance", tolerance)
         minimum_successes(n, alpha)  # Refuses an n that could not certify anything.
-        if stop not in ("fixed", "auto"):
-            raise ValueError(f"'stop' is {stop!r}; use 'fixed' or 'auto'.")
-        looks, levels = staged_looks(n, alpha) if stop == "auto" else ((n,), (alpha,))
         rows = []
-        for poll in self._polls(images, n, batch_size, seed, indices):
+        for votes in self._counters(images, batch_size, seed, indices):
+            top = int(votes("select", n0).argmax())
             # Fresh draws: bounding the counts that chose the class would bias p_A upwards.
-            top = int(poll("select", n0).argmax())
-            counts, drawn = np.zeros(self.num_classes, int), 0
-            for look, level in zip(looks, levels, strict=True):
-                counts += poll("estimate", look, start=drawn)
-                drawn = look
-                if look == n or is_settled(int(counts[top]), look, looks, levels, tolerance):
-                    rows.append((top, *self._bounded(counts, top, look, level), look))
-                    break
-        columns = zip(*rows, strict=True) if rows else [()] * 7
-        kinds = (int, float, int, float, int, float, int)
-        fields = [np.array(c, kind) for c, kind in zip(columns, kinds, strict=True)]
-        fields[0][fields[3] <= 0.5] = ABSTAIN
-        return Certificate(*(_as_batch(torch.from_numpy(f), images) for f in fields))
+            rows.append((top, votes("estimate", n)))
+        top, counts = (np.array([row[k] for row in rows], int) for k in (0, 1))
+        return self._certificate(top, counts.reshape(len(rows), self.num_classes), n, alpha, images)
 
-    def _bounded(self, counts: np.ndarray, top: int, n: int, alpha: float) -> tuple:
-        """radius, top_count, p_lower, rival_count and radius_two_sided out of the votes."""
-        p_lower = lower_confidence_bound(counts[top], n, alpha)
-        rival = int(np.delete(counts, top).max())
-        bounds = two_sided_bounds(counts[top], rival, n, alpha, self.num_classes)
-        two_sided = two_sided_radius(*bounds, self.sigma) if p_lower > 0.5 else 0.0
-        return certified_radius(p_lower, self.sigma), counts[top], p_lower, rival, two_sided
+    def _certificate(self, top, counts, n, alpha, images) -> Certificate:
+        """Bounds and radii out of the classes selected (B,) and the votes (B, num_classes)."""
+        chosen = np.arange(self.num_classes) == top[:, None]
+        top_count, rivals = counts[chosen], counts[~chosen].reshape(len(top), self.num_classes - 1)
+        rival_count = rivals.max(axis=1)
+        # This is where alpha is spent.
+        p_lower = lower_confidence_bound(top_count, n, alpha)
+        bounds = two_sided_bounds(top_count, rival_count, n, alpha, self.num_classes)
+        sure = p_lower > 0.5
+        fields = (
+            np.where(sure, top, ABSTAIN),
+            certified_radius(p_lower, self.sigma),
+            top_count,
+            p_lower,
+            rival_count,
+            np.where(sure, two_sided_radius(*bounds, self.sigma), 0.0),
+        )
+        return Certificate(*(_as_batch(torch.from_numpy(np.asarray(f)), images) for f in fields))
 
     def certify_radius(
         self,
@@ -240,11 +340,11 @@ class SmoothClassifier(nn.Module):
     ) -> RadiusDecision:
         """Whether the smoothed prediction is constant within `radius`, out of few draws.
 
-        `n0` noisy copies choose the class. Fresh ones are drawn until the mixture rule of
-        `src/stopping.py` settles whether its probability exceeds Phi(radius / sigma), which is
-        what the radius takes. For each image alone, over the draws of noise, the chance of
-        certifying a radius within which the smoothed prediction changes is at most `alpha`,
-        wherever the drawing stops. An image that is not certified may still be robust.
+        `n0` noisy copies choose the class. Fresh ones are drawn until `mixture_decision` settles
+        whether its probability exceeds Phi(radius / sigma), which is what the radius takes. For
+        each image alone, over the draws of noise, the chance of certifying a radius within which
+        the smoothed prediction changes is at most `alpha`, wherever the drawing stops. An image
+        that is not certified may still be robust.
 
         Args:
             images: (B, 1, 28, 28) or (1, 28, 28), pixels in [0, 1].
@@ -265,8 +365,8 @@ class SmoothClassifier(nn.Module):
         check_count("n0", n0)
         check_number("radius", radius)
         check_count("max_n", max_n)
-        if radius > 8 * self.sigma:
-            raise ValueError(f"'radius' = {radius:g} is beyond 8 sigma: no draws can certify it.")
+        if radius > 7 * self.sigma:
+            raise ValueError(f"'radius' = {radius:g} is beyond 7 sigma, out of reach of any draws.")
         p0 = float(required_probability(radius, self.sigma))
         looks = look_schedule(max_n, p0, alpha)
         keyed = self._keyed(images, seed, indices)
@@ -305,42 +405,41 @@ class SmoothClassifier(nn.Module):
         images = images.to(self._device(images), torch.float32)
         return [(i, image_key(seed, int(index))) for i, index in zip(images, indices, strict=True)]
 
-    def _polls(self, images, n, batch_size, seed, indices) -> Iterator[Callable[..., np.ndarray]]:
-        """Yield for each image a function (stage, n, start=0) -> votes (num_classes,)."""
+    def _counters(self, images, batch_size, seed, indices) -> Iterator[Callable]:
+        """Yield for each image a function (stage, n) -> votes (num_classes,) of noisy copies."""
         if batch_size is not None:
             check_count("batch_size", batch_size)
         keyed = self._keyed(images, seed, indices)
-        with self._voters(images, n * len(keyed)) as (network, workers):
-            votes = partial(count_votes, network, batch_size=batch_size, workers=workers)
+        with self._voters(images) as (network, workers):
             for image, key in keyed:
 
-                def poll(stage, n, start=0, image=image, key=key):
-                    stream = (key, stage)
-                    return votes(image, n, self.sigma, self.num_classes, stream, start=start)
+                def votes(stage, n, image=image, key=key):
+                    noise = (self.sigma, self.num_classes, (key, stage))
+                    return count_votes(network, image, n, *noise, batch_size, workers)
 
-                yield poll
+                yield votes
 
     def _device(self, images: Tensor) -> torch.device:
         """Where the base classifier is; where the images are if it has no parameters."""
         return next(self.parameters(), images).device
 
-    def _voting_form(self, copies: int) -> nn.Module | None:
-        """The form of the base classifier that casts `copies` votes; None if only itself can."""
+    def _voting_form(self) -> nn.Module | None:
+        """The form of the base classifier that casts votes; None if only itself can."""
         if has_hooks(self) or "forward" in vars(self):
             raise ValueError("Hooks on a SmoothClassifier miss its votes; hook base_classifier.")
         network = unwrapped(self.base_classifier)
         reason = alteration(network)
         if not reason:
-            form = voting_form(network, self.precision, often=copies >= WORTH_ONE_CALL)
+            form = forms.voting_form(network, self.precision)
             if agrees(form, network, self.precision):
                 return form
         _check_form(self.precision, reason or "its forward pass gives other answers")
         return None
 
     @contextmanager
-    def _voters(self, images: Tensor, copies: int = 0):
-        """The network in the form that casts `copies` votes or so, and who shares the work."""
-        network = self._voting_form(copies)
+    def _voters(self, images: Tensor):
+        """The network in the form that casts votes, and who shares the work."""
+        network = self._voting_form()
         if network is None:
             # Nothing is known of its forward pass: no folding, and one call at a time.
             given = images[None] if images.dim() == 3 else images
@@ -359,11 +458,6 @@ def _check_form(precision: str, reason: str) -> None:
     """Raise ValueError if the network must vote as it is, for a `reason`, in another precision."""
     if reason and precision != "float32":
         raise ValueError(f"'precision' = {precision!r} needs a ConvNN as it is made, but {reason}.")
-
-
-def _two_largest(counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """The two largest counts, ascending, and the class of the largest."""
-    return np.sort(counts)[-2:], int(counts.argmax())
 
 
 def _as_batch(values: Tensor, images: Tensor) -> Tensor:

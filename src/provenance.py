@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from src.optimisation.processes import processes
+from src.optimisation.processes import process_count
 from src.utils import get_device
 
 
@@ -21,8 +21,8 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     words = sys.argv[1:] if argv is None else argv
     # What is trained depends on the number of processes: each has noise and batch statistics of
     # its own.
-    several = f"torchrun --nproc-per-node={processes()} --"
-    start = several if processes() > 1 else "python"
+    several = f"torchrun --nproc-per-node={process_count()} --"
+    start = several if process_count() > 1 else "python"
     return {
         "command": f"{start} {shlex.join([f'{script}.py', *words])}",
         "options": vars(args),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from src.attacks import attacked_batch, right, with_gradients
+from src.attacks import attacked_batch
 from src.checks import (
     check_classes,
     check_count,
@@ -20,12 +20,13 @@ from src.checks import (
     checked_logits,
     evaluation_mode,
 )
-from src.convnn import evaluation_form
-from src.engine.folded import FLOATS, check_precision
-from src.models import SmoothClassifier
-from src.optimisation import processes as distributed
-from src.optimisation.updates import OPTIMIZERS, average_weights, shuffled, updater
+from src.engine.parts import FLOATS, check_precision
+from src.engine.untouched import evaluation_form
+from src.optimisation import processes
+from src.optimisation.augmentation import shuffled
+from src.optimisation.updates import OPTIMIZERS, average_weights, updater
 from src.utils import progress_bar, subset
+from src.verdicts import right, with_gradients
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -46,24 +47,6 @@ def adversarial_loss(
     2018), with `attack` standing in for it.
     """
     return standard_loss(model, attack(model, images, labels), labels)
-
-
-def trades_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, *, attack: Attack, beta: float = 6.0
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy at the images plus `beta` times the divergence of the attacked predictions.
-
-    E L(f(x), y) + beta KL(f(x) || f(x + delta)) (TRADES, Zhang et al., ICML 2019). There the
-    attack maximises the divergence; any `attack` will do here. Returns the logits at the
-    attacked images.
-    """
-    # One batch, so that batch normalisation sees both as one population.
-    both = torch.cat([images, attack(model, images, labels)])
-    clean, attacked = checked_logits(model(both), len(both)).chunk(2)
-    divergence = F.kl_div(
-        F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="batchmean", log_target=True
-    )
-    return F.cross_entropy(clean, labels) + beta * divergence, attacked
 
 
 @with_gradients()
@@ -143,21 +126,21 @@ def train_model(
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))
-    if batch_size % distributed.processes():
+    if batch_size % processes.process_count():
         raise ValueError(
             f"'batch_size' = {batch_size} must be a multiple of the number of processes, "
-            f"{distributed.processes()}."
+            f"{processes.process_count()}."
         )
-    if not distributed.is_main():
+    if not processes.is_main():
         # Noise of its own: the first process has that of a run alone.
-        torch.manual_seed(distributed.own_seed(seed))
+        torch.manual_seed(processes.own_seed(seed))
     updates = epochs * (len(dataset) // batch_size)
     device = device or next(model.parameters()).device
     model.to(device)
     # All of it, once: MNIST is 190 MB, and shifts and warps are then made on the device as well.
     dataset = TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
     _check_network(model, dataset, batch_size)
-    distributed.share_weights(model)
+    processes.share_weights(model)
     schedule = loss_schedule or (lambda progress: loss)
     update = updater(
         model,
@@ -174,7 +157,7 @@ def train_model(
     best_figure, best_state = -math.inf, None
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    shown = progress and distributed.is_main()
+    shown = progress and processes.is_main()
     with progress_bar(shown, total=updates, desc="training", unit="step") as bar:
         for epoch in range(1, epochs + 1):
             model.train()
@@ -187,7 +170,7 @@ def train_model(
                 bar.update()
             row = _epoch_row(history, epoch, torch.stack(steps))
             row |= {"seconds": time.perf_counter() - start}
-            row |= distributed.from_main(lambda: watch(averaged)) if watch else {}
+            row |= processes.from_main(lambda: watch(averaged)) if watch else {}
             history["epochs"].append(row)
             if select and select not in row:
                 raise ValueError(f"'select' is {select!r}, which 'watch' does not return.")
@@ -232,7 +215,7 @@ _QUIET = ("epoch", "seconds")
 
 def _epoch_row(history: dict, epoch: int, steps: Tensor) -> dict:
     """Add the updates (steps, 2) of an epoch to the history and return their means."""
-    distributed.average([steps])
+    processes.average([steps])
     history["step_loss"] += steps[:, 0].tolist()
     history["step_accuracy"] += steps[:, 1].tolist()
     loss, hits = steps.mean(dim=0).tolist()
@@ -288,7 +271,7 @@ def correct(
     device = device or next(model.parameters(), dataset.tensors[0]).device
     hits = []
     # The noise of a SmoothClassifier is meant to change; under attack it would pass for a success.
-    noisy = attack is None and isinstance(model, SmoothClassifier)
+    noisy = attack is None and getattr(model, "draws_noise", False)
     checked = model.base_classifier if noisy else model
     check_function(checked, dataset.tensors[0][:4].to(device), may_change=attack is None)
     with evaluation_form(model, probe=True) as network:
@@ -301,7 +284,7 @@ def correct(
 
 
 def evaluate_robustness(
-    smooth_classifier: SmoothClassifier,
+    smooth_classifier: nn.Module,
     dataset: TensorDataset,
     *,
     n0: int = 100,
@@ -316,7 +299,7 @@ def evaluate_robustness(
     """Certify every image of a data set: one row an image, as soon as it is finished.
 
     Args:
-        smooth_classifier: the classifier to certify.
+        smooth_classifier: the SmoothClassifier to certify.
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         n0, n, alpha, batch_size, seed: as for `SmoothClassifier.certify`.
         indices: the images of `dataset` to certify; default: all.

@@ -1,5 +1,6 @@
 """What every script needs first: MNIST as tensors, a device, seeds."""
 
+import hashlib
 import os
 import random
 import sys
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from src.checks import check_count, check_tensors
 from src.mnist.files import read_mnist
-from src.optimisation.processes import processes
+from src.optimisation.processes import process_count
 
 
 def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:
@@ -29,6 +30,15 @@ def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:
     images, labels = read_mnist(split, root)
     pixels = np.divide(images[:, None], 255, dtype=np.float32)
     return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def data_digest(dataset: TensorDataset) -> str:
+    """SHA-256 over images and labels."""
+    digest = hashlib.sha256()
+    for tensor in dataset.tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_training_data(
@@ -122,7 +132,7 @@ def get_device(name: str = "auto") -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.fp32_precision = "ieee"
     available = ["cpu"]
-    if torch.backends.mps.is_available() and processes() == 1:
+    if torch.backends.mps.is_available() and process_count() == 1:
         available.insert(0, "mps")
     if torch.cuda.is_available():
         numbered = [f"cuda:{number}" for number in range(torch.cuda.device_count())]

@@ -10,13 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from src.attacks import (
-    Worst,
-    attack_dataset,
-    gradient_attack,
-    pgd_attack,
-    random_start_attack,
-)
+from src.attacks import attack_dataset, gradient_attack, pgd_attack, random_start_attack
+from src.verdicts import Worst
 from src.checks import predicted
 from src.methods.adversarial import held_out_watch
 from src.methods.smoothing import smoothing_loss
@@ -25,17 +20,18 @@ from src.robustness.apgd import apgd_attack
 from src.robustness.challenge import challenge_certificates, smoothed_attack
 from src.robustness.checklist import evaluation_warnings
 from src.robustness.few_pixels import few_pixels_attack
-from src.robustness.fixed_radii import attack_hits, hits_by_stage
+from src.robustness.fixed_radii import attack_hits
+from src.robustness.strongest import hits_by_stage
 from src.robustness.noise import random_noise, random_search
 from src.robustness.smallest_epsilon import smallest_epsilons
 from src.robustness.square import square_attack
 from src.robustness.strongest import strongest_attack
+from src.methods.adversarial import trades_loss
 from src.training_and_evaluation import (
     accuracy,
     correct,
     evaluate_robustness,
     standard_loss,
-    trades_loss,
     train_model,
 )
 from tests.attack_helpers import equal, random_batch, snapshot

@@ -1,7 +1,6 @@
 """The network, and certificates against closed forms, invariances and the noise itself."""
 
 import json
-import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -10,15 +9,14 @@ import torch
 from scipy.stats import kstest, norm
 from torch import nn
 
-from src.certification.bounds import (
+from src.certification import (
     certified_radius,
     lower_confidence_bound,
     two_sided_bounds,
     two_sided_radius,
 )
-from src.engine import native
-from src.engine.folded import FLOATS, PRECISIONS, as_one_call
-from src.engine.native import fastest_precision
+from src.certification.stopping import CERTIFY, REJECT, look_schedule, mixture_decision
+from src.engine.parts import PRECISIONS
 from src.engine.votes import STAGES, block_seed, image_key
 from src.models import ABSTAIN, Certificate, ConvNN, SmoothClassifier
 
@@ -71,8 +69,7 @@ class Recorder(nn.Module):
 
 # The widths of the last fill the vectors of the convolutions in C.
 SHAPES = {
-    "strided": {"channels": (3, 5), "hidden": 7},
-    "pooled": {"channels": (3, 5), "hidden": 7, "pooled": True},
+    "narrow": {"channels": (3, 5), "hidden": 7},
     "wide": {"channels": (16, 16), "hidden": 7},
 }
 
@@ -108,9 +105,8 @@ def equal(first, second):
 @pytest.mark.parametrize("channels", [(16, 32), [1, 3]])
 @pytest.mark.parametrize("hidden", [None, 5])
 @pytest.mark.parametrize("num_classes", [2, 10])
-@pytest.mark.parametrize("pooled", [False, True])
-def test_network_is_described_by_its_config(channels, hidden, num_classes, pooled):
-    model = ConvNN(channels, hidden, num_classes, pooled=pooled).eval()
+def test_network_is_described_by_its_config(channels, hidden, num_classes):
+    model = ConvNN(channels, hidden, num_classes).eval()
     twin = ConvNN(**json.loads(json.dumps(model.config))).eval()
     twin.load_state_dict(model.state_dict())
     images = images_of(3)
@@ -133,29 +129,12 @@ def test_network_names_images_of_another_shape(shape):
         *(("channels", value) for value in [(4,), (4, 4, 4), (0, 4), (4, 2.5)]),
         *(("hidden", value) for value in [0, -1, 1.5]),
         *(("num_classes", value) for value in [1, 0, 2.0]),
-        *(("pooled", value) for value in [1, None]),
         *(("thresholds", value) for value in [(0.5, 0.5), (0.6, 0.4), (-0.1, 0.5), (0.5, 1.1)]),
     ],
 )
 def test_network_names_bad_arguments(name, value):
     with pytest.raises(ValueError, match=f"'{name}'"):
         ConvNN(**{name: value})
-
-
-def test_pooling_takes_the_largest_of_four():
-    # One bright pixel moved inside a 4x4 cell of the grid of two poolings: seen by convolutions
-    # that pass pixels on, a pooled network cannot tell where in the cell it is.
-    model = ConvNN((1, 1), pooled=True).eval()
-    for convolution in (model.conv1, model.conv2):
-        convolution.weight.data = torch.zeros(1, 1, 5, 5)
-        convolution.weight.data[0, 0, 2, 2] = 1
-    images = torch.zeros(4, 1, 28, 28)
-    for image, (row, column) in zip(images, [(8, 8), (11, 8), (9, 10), (12, 8)], strict=True):
-        image[0, row, column] = 1
-    logits = model(images)
-    assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
-    assert not torch.equal(logits[0], logits[3])
 
 
 def test_thresholds_cut_every_pixel():
@@ -195,34 +174,6 @@ def test_bfloat16_form_rounds_features_but_not_logits(network):
     assert 0 < (rounded - exact).abs().max() < 6 * 2**-8 * exact.abs().max()
 
 
-@pytest.mark.parametrize("options", [{}, {"hidden": 6}, {"pooled": True, "thresholds": (0.4, 0.6)}])
-@pytest.mark.parametrize("precision", FLOATS)
-def test_one_call_is_the_network_bit_for_bit(options, precision, recwarn):
-    torch.manual_seed(0)
-    form = ConvNN((3, 5), **options).inference_form(precision)
-    whole = as_one_call(form)
-    assert isinstance(whole, torch.jit.ScriptModule)
-    for count in (1, 2, 77):
-        images = 2 * images_of(count) - 0.5
-        with torch.no_grad():
-            # Twice: TorchScript changes its plan after the first call of a size.
-            assert all(torch.equal(whole(images), form(images)) for _ in range(2))
-    assert not recwarn.list
-
-
-def test_votes_do_not_depend_on_how_the_network_is_called(network, monkeypatch):
-    smooth, images = SmoothClassifier(network, 2.0), images_of(2)
-    counts = []
-    for worth in (1, 10**9):
-        monkeypatch.setattr("src.models.WORTH_ONE_CALL", worth)
-        counts.append(smooth.certify(images, n0=64, n=300, alpha=0.05).top_count)
-    assert torch.equal(*counts)
-    # Without TorchScript the network is called layer by layer.
-    monkeypatch.delattr(torch.jit, "trace")
-    monkeypatch.setattr("src.models.WORTH_ONE_CALL", 1)
-    assert torch.equal(smooth.certify(images, n0=64, n=300, alpha=0.05).top_count, counts[0])
-
-
 def test_another_precision_is_refused(network):
     for call in (
         lambda: network.inference_form("float16"),
@@ -249,30 +200,6 @@ def test_votes_are_those_of_the_network_in_its_precision(network):
         top[precision] = torch.cat(votes).bincount(minlength=10)
         assert certificate.top_count in top[precision]
     assert not torch.equal(top["float32"], top["bfloat16"])
-
-
-@pytest.mark.parametrize(("speed", "expected"), [(3, "bfloat16"), (1.1, "float32"), (0, "float32")])
-def test_the_faster_precision_is_chosen(network, monkeypatch, speed, expected):
-    def rate(form, images, seconds):
-        return {
-            torch.float32: 10.0,
-            torch.bfloat16: 10.0 * speed,
-            torch.int16: 1.0,
-            torch.uint8: 1.0,
-        }[form.dtype]
-
-    monkeypatch.setattr(native, "_rate", rate)
-    assert fastest_precision(network) == expected
-
-
-def test_rate_counts_calls_a_second():
-    class Slow(nn.Module):
-        def forward(self, images):
-            time.sleep(0.01)
-            return images.flatten(1)
-
-    # At most 100 a second by construction, however busy the machine.
-    assert 0 < native._rate(Slow(), torch.zeros(1, 1, 2, 2), 0.05) <= 100
 
 
 @pytest.mark.parametrize("thresholds", [None, (0.25, 0.75)])
@@ -382,7 +309,7 @@ def test_nothing_but_nans_abstains(other):
     smooth = SmoothClassifier(Halfspace(GREY, 0.0, other), 0.5, 3)
     certificate = smooth.certify(images_of(2), n=200)
     assert certificate.prediction.tolist() == [ABSTAIN] * 2
-    assert all((values == 0).all() for values in certificate[1:-1])
+    assert all((values == 0).all() for values in certificate[1:])
     assert smooth.predict(images_of(2)).tolist() == [ABSTAIN] * 2
 
 
@@ -396,12 +323,43 @@ def test_answers_have_the_shape_and_types_of_the_contract(network, count):
     certificate, prediction = smooth.certify(images, n0=5, n=20), smooth.predict(images, n=20)
     assert isinstance(certificate, Certificate)
     assert certificate._fields[:4] == ("prediction", "radius", "top_count", "p_lower")
-    assert certificate._fields[4:] == ("rival_count", "radius_two_sided", "samples")
+    assert certificate._fields[4:] == ("rival_count", "radius_two_sided")
     dtypes = [values.dtype for values in (*certificate, prediction)]
     whole, real = torch.int64, torch.float64
-    assert dtypes == [whole, real, whole, real, whole, real, whole, whole]
+    assert dtypes == [whole, real, whole, real, whole, real, whole]
     shape = () if count is None else (count,)
     assert all(values.shape == shape for values in (*certificate, prediction))
+
+
+def test_a_certificate_reads_as_a_line_per_image_rounded_down():
+    fields = [
+        torch.tensor([3, ABSTAIN, 7]),
+        torch.tensor([0.99999, 0.0, 1.2345], dtype=torch.float64),
+        torch.tensor([100_000, 48_210, 999]),
+        torch.tensor([0.99993092, 0.4786, 0.9919999], dtype=torch.float64),
+        torch.tensor([0, 40_000, 1]),
+        torch.tensor([1.1, 0.0, 1.3], dtype=torch.float64),
+    ]
+    lines = [
+        "class  radius  votes for it  probability at least",
+        "    3   0.999       100,000  0.999930",
+        " none   0.000        48,210  0.478600",
+        "    7   1.234           999  0.991999",
+    ]
+    assert repr(Certificate(*fields)).splitlines() == lines
+    for index, line in enumerate(lines[1:]):
+        assert str(Certificate(*(f[index] for f in fields))).splitlines() == [lines[0], line]
+    assert repr(Certificate(*(f[:0] for f in fields))) == lines[0]
+    # What `certify` returns is shown the same way.
+    certificate = SmoothClassifier(FirstPixel(0.5), 1.0, 3).certify(GREY, n=400)
+    assert repr(certificate).splitlines()[1].split()[:2] == ["none", "0.000"]
+    # No digit that is shown is above the value.
+    sure = SmoothClassifier(FirstPixel(0.97), 1.0, 3).certify(images_of(20), n0=20, n=200)
+    shown = [line.split() for line in repr(sure).splitlines()[1:]]
+    assert len(shown) == 20
+    for line, radius, p in zip(shown, sure.radius.tolist(), sure.p_lower.tolist(), strict=True):
+        assert radius - 1e-3 < float(line[1]) <= radius
+        assert p - 1e-6 < float(line[3]) <= p
 
 
 def test_too_few_draws_are_refused_with_the_number_that_would_do():
@@ -599,7 +557,7 @@ def test_forward_adds_one_draw_of_global_noise_to_each_image(sigma, training):
     assert base[1].bias.grad is not None
 
 
-# --- Two-sided and staged certificates ------------------------------------------------------
+# --- Two-sided certificates, and those of one radius ----------------------------------------
 
 
 def test_both_radii_follow_from_the_same_votes(network):
@@ -614,38 +572,31 @@ def test_both_radii_follow_from_the_same_votes(network):
     assert np.array_equal(certificate.radius_two_sided.numpy(), np.where(stands, tight, 0))
 
 
-@pytest.mark.parametrize("p", [0.3, 0.6, 0.9, 0.999])
-def test_stopping_early_loses_little_and_draws_less(p):
-    smooth = SmoothClassifier(FirstPixel(p), 1.0, 3)
-    images = GREY.expand(8, -1, -1, -1)
-    fixed = smooth.certify(images, n=30_000)
-    staged = smooth.certify(images, n=30_000, stop="auto", tolerance=0.1)
-    assert set(staged.samples.tolist()) <= {2048, 4096, 8192, 16384, 30_000}
-    assert (fixed.samples == 30_000).all()
-    # Of a class with three tenths of the votes nothing is to be had, and that shows at once.
-    assert staged.samples.double().mean() < {0.3: 3000}.get(p, 25_000)
-    assert torch.equal(staged.prediction, fixed.prediction)
-    # The tolerance is about expected votes; half of it again is left for their spread.
-    assert (fixed.radius - staged.radius <= 0.15).all()
-    # Without tolerance an image is left early only if it abstains.
-    patient = smooth.certify(images, n=30_000, stop="auto", tolerance=0.0)
-    assert ((patient.samples == 30_000) == (patient.prediction != ABSTAIN)).all()
+@pytest.mark.parametrize("p", [0.3, 0.6, 0.9, 0.99, 0.9999])
+def test_one_radius_takes_few_draws_which_are_those_of_certify(p):
+    # Radius 1 at sigma = 1 takes a probability above 0.8413; all of these are far from it. Class
+    # 0 or 1 is selected; FirstPixel certifies whichever of them has the votes.
+    smooth, images = SmoothClassifier(FirstPixel(p), 1.0, 3), GREY.expand(4, -1, -1, -1)
+    found = smooth.certify_radius(images, 1.0, n0=100, max_n=30_000)
+    p0 = required_probability(1.0, 1.0)
+    looks = look_schedule(30_000, p0, 0.001)
+    assert found.certified.all() if p > p0 else not found.certified.any()
+    # 2,000 draws or fewer settle every one of these, of 30,000.
+    assert found.samples.max() <= 100 + 2000
+    for index, (certified, top, samples) in enumerate(zip(*found, strict=True)):
+        look = int(samples) - 100
+        options = {"n0": 100, "indices": [index], "alpha": 0.5}
+        votes = smooth.certify(images[index], n=look, **options)
+        if votes.prediction != ABSTAIN:
+            assert votes.prediction == top
+        decision = mixture_decision(int(votes.top_count), look, p0, 0.001, looks)
+        assert decision == (CERTIFY if certified else REJECT)
 
 
-def test_staged_votes_are_the_first_of_the_fixed_ones(network):
-    smooth, images = SmoothClassifier(network, 1.0), images_of(6)
-    staged = smooth.certify(images, n=10_000, stop="auto", tolerance=1.0)
-    assert set(staged.samples.tolist()) == {2048}
-    fixed = smooth.certify(images, n=2048)
-    assert torch.equal(staged.top_count, fixed.top_count)
-    assert torch.equal(staged.rival_count, fixed.rival_count)
-    # The look is paid for: its bound is lower than that of a run of this length.
-    assert (staged.p_lower < fixed.p_lower).all()
-
-
-def test_unknown_ways_to_stop_are_named(network):
-    smooth = SmoothClassifier(network, 1.0)
-    with pytest.raises(ValueError, match="'stop' is 'early'; use 'fixed' or 'auto'"):
-        smooth.certify(GREY, n=100, stop="early")
-    with pytest.raises(ValueError, match="'tolerance'"):
-        smooth.certify(GREY, n=100, stop="auto", tolerance=-0.1)
+@pytest.mark.parametrize("radius", [3.6, 3.98, 4.5])
+def test_a_radius_beyond_the_reach_of_any_draws_is_named(radius):
+    smooth = SmoothClassifier(Recorder(), 0.5, 2)
+    with pytest.raises(ValueError, match="'radius'") as error:
+        smooth.certify_radius(GREY, radius)
+    assert "p0" not in str(error.value)
+    assert not smooth.base_classifier.batches

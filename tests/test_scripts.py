@@ -208,7 +208,7 @@ def test_votes_that_a_device_lacks_are_refused_before_training(finished, monkeyp
 @pytest.mark.parametrize("process", [0, 1])
 def test_two_comparisons_do_not_write_one_folder(finished, monkeypatch, process):
     # Whatever the processes of one of them; the first reports, the others only certify.
-    for name, value in (("processes", 2), ("rank", process)):
+    for name, value in (("process_count", 2), ("rank", process)):
         monkeypatch.setattr(main_compare, name, lambda value=value: value)
     monkeypatch.setattr(main_compare, "is_main", lambda: process == 0)
     monkeypatch.setattr(main_compare, "certify_models", lambda *_, **__: 1 / 0)

@@ -11,16 +11,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
 from src.models import ConvNN
-from src.optimisation.updates import random_shift, random_warp, shuffled
-from src.training_and_evaluation import (
-    accuracy,
-    adversarial_loss,
-    standard_loss,
-    trades_loss,
-    train_model,
-)
+from src.optimisation.augmentation import random_shift, random_warp, shuffled
+from src.methods.adversarial import trades_loss
+from src.training_and_evaluation import accuracy, adversarial_loss, standard_loss, train_model
 from src.utils import progress_bar
 from tests.helpers import halves, linear
 

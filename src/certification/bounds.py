@@ -7,55 +7,20 @@ Arguments broadcast; scalars in give a float64 scalar out.
 import numpy as np
 from scipy import special
 
+from src.ranges import (
+    check_counts,
+    check_open_unit,
+    check_positive,
+    check_probability,
+    check_whole,
+)
+
 # Units in the last place by which results are rounded to the safe side. `_rounding_error` says
 # what was tried for bounds; against 50 digits, ndtri and ndtr were off by at most 4.
 BOUND_GUARD = 64
 NORMAL_GUARD = 16
 # Where scipy still finds its way. Beyond, it answers 1e161, NaN or nothing to many counts.
 MIN_ALPHA, MAX_TRIALS = 1e-50, 2**37
-
-
-def check_open_unit(name, value):
-    """`value` as float64; ValueError naming `name` unless every element lies in (0, 1)."""
-    value = np.asarray(value, dtype=np.float64)
-    if not np.all((value > 0) & (value < 1)):
-        raise ValueError(f"'{name}' must lie strictly between 0 and 1.")
-    return value
-
-
-def check_positive(name, value):
-    """`value` as float64; ValueError naming `name` unless all are positive and finite."""
-    value = np.asarray(value, dtype=np.float64)
-    if not np.all((value > 0) & np.isfinite(value)):
-        raise ValueError(f"'{name}' must be a positive, finite number.")
-    return value
-
-
-def check_whole(name, value):
-    """`value` as int64; ValueError naming `name` unless all are whole and at least 0."""
-    value = np.asarray(value)
-    numeric = value.dtype.kind in "iuf"
-    if not numeric or not np.all((value >= 0) & (value < 2**53) & (value == np.floor(value))):
-        raise ValueError(f"'{name}' must be a whole number of at least 0.")
-    return value.astype(np.int64)
-
-
-def check_counts(successes, trials):
-    """Both as int64 of one shape; ValueError unless 0 <= `successes` <= `trials`."""
-    successes, trials = np.broadcast_arrays(
-        check_whole("successes", successes), check_whole("trials", trials)
-    )
-    if np.any(successes > trials):
-        raise ValueError("'successes' must not exceed 'trials'.")
-    return successes, trials
-
-
-def check_probability(name, value):
-    """`value` as float64; ValueError naming `name` if any lies outside [0, 1]; NaN passes."""
-    value = np.asarray(value, dtype=np.float64)
-    if np.any((value < 0) | (value > 1)):
-        raise ValueError(f"'{name}' must lie in [0, 1].")
-    return value
 
 
 def lower_confidence_bound(successes, trials, alpha):
@@ -203,46 +168,25 @@ def required_probability(radius, sigma):
     return np.where(radius > 0, np.minimum(p + NORMAL_GUARD * np.spacing(p), 1.0), 0.5)[()]
 
 
-def tight_bounds(counts, selected, trials, alpha):
-    """Bounds for `two_sided_radius` out of all the votes, jointly valid at `alpha`.
+def two_sided_bounds(top_count, rival_count, trials, alpha, num_classes):
+    """Bounds for `two_sided_radius` out of the votes, jointly valid at `alpha`.
 
     The selected class is bounded from below at alpha / 2, each of its K - 1 rivals from above at
     (alpha / 2) / (K - 1) (Bonferroni); no rival can have more than the selected class leaves.
-    The chance that any of these bounds is wrong is at most `alpha`.
+    The bound grows with the count, so the rival with most votes has the largest.
 
     Args:
-        counts: (..., K) votes of each class, whole numbers, K >= 2.
-        selected: (...) class chosen by other draws; need not have the most votes here.
-        trials: draws in all; more than the sum of `counts` if some votes were void.
+        top_count: votes of the class that other draws selected; it need not have the most here.
+        rival_count: most votes of any other class; the two are at most `trials` together.
+        trials: draws in all; more than the votes if some were void.
         alpha: in (0, 1).
+        num_classes: K, of which K - 1 are rivals.
     Returns:
-        (p_lower, p_upper_rival), float64 of shape (...), for the rival with the largest bound.
+        (p_lower, p_upper_rival), float64 of the broadcast shape.
     Raises:
         ValueError: naming the argument that is out of its range.
     """
-    counts = check_whole("counts", counts)
-    selected = check_whole("selected", selected)
-    if counts.ndim == 0 or counts.shape[-1] < 2 or np.any(selected >= counts.shape[-1]):
-        raise ValueError("'counts' must hold at least two classes and 'selected' one of them.")
-    if np.any(counts.sum(axis=-1) > check_whole("trials", trials)):
-        raise ValueError("'counts' must not add up to more than 'trials'.")
     alpha = check_open_unit("alpha", alpha)
-    is_selected = np.arange(counts.shape[-1]) == selected[..., None]
-    # The bound grows with the count, so the rival with most votes has the largest.
-    best_rival = np.where(is_selected, -1, counts).max(axis=-1)
-    top = np.where(is_selected, counts, -1).max(axis=-1)
-    return two_sided_bounds(top, best_rival, trials, alpha, counts.shape[-1])
-
-
-def two_sided_bounds(top_count, rival_count, trials, alpha, num_classes):
-    """`tight_bounds` out of the votes of the selected class and of its strongest rival alone.
-
-    Args:
-        top_count, rival_count: whole numbers, together at most `trials`.
-        trials: draws in all.
-        alpha: in (0, 1).
-        num_classes: K, of which K - 1 are rivals.
-    """
     p_lower = lower_confidence_bound(top_count, trials, alpha / 2)
     p_upper = upper_confidence_bound(rival_count, trials, alpha / 2 / (num_classes - 1))
     return p_lower, np.minimum(p_upper, np.nextafter(1.0 - p_lower, 2.0))[()]

@@ -8,13 +8,11 @@ from scipy.stats import binom
 from statsmodels.stats.proportion import proportion_confint
 
 from src.certification.bounds import (
-    check_counts,
-    check_open_unit,
-    check_whole,
     lower_confidence_bound,
     required_probability,
     upper_confidence_bound,
 )
+from src.ranges import check_counts, check_open_unit, check_whole
 
 
 def certified_accuracy(radius, correct, at):

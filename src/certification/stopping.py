@@ -12,16 +12,8 @@ import math
 import numpy as np
 from scipy import special
 
-from src.certification.bounds import (
-    certified_radius,
-    check_counts,
-    check_open_unit,
-    check_whole,
-    lower_confidence_bound,
-    minimum_successes,
-    minimum_trials,
-    upper_confidence_bound,
-)
+from src.certification.bounds import minimum_successes, minimum_trials, upper_confidence_bound
+from src.ranges import check_counts, check_open_unit, check_whole
 
 CERTIFY, CONTINUE, REJECT = 1, 0, -1
 
@@ -135,37 +127,6 @@ def mixture_decision(successes, trials, p0, alpha, looks):
     return _with_the_end(certified, successes, trials, p0, alpha, looks)
 
 
-def grid_levels(p0, alpha, looks):
-    """What the grid rule spends of `alpha` at each of `looks`: float64, adding up to `alpha`.
-
-    FIRST_SHARE at the first look that it lets certify, LAST_SHARE at the last, the rest evenly.
-    """
-    looks = np.asarray(looks)
-    start = minimum_trials(alpha * FIRST_SHARE, p0)
-    shares = np.zeros(len(looks))
-    between = (looks > start) & (looks < looks[-1])
-    shares[between] = (1 - FIRST_SHARE - LAST_SHARE) / max(between.sum(), 1)
-    shares[looks == start] = FIRST_SHARE
-    shares[-1] = LAST_SHARE
-    return alpha * shares
-
-
-def grid_decision(successes, trials, p0, alpha, looks):
-    """The grid rule: certify at a look whose Clopper-Pearson bound at its own level exceeds p0.
-
-    The levels add up to `alpha` (a union bound), so it may only be asked at counts of `looks`.
-    Arguments, result and errors as for `mixture_decision`.
-    """
-    successes, trials = _check_progress(successes, trials, looks)
-    if not np.all(np.isin(trials, looks)):
-        raise ValueError("'trials' must be among 'looks'.")
-    levels = grid_levels(p0, float(check_open_unit("alpha", alpha)), looks)
-    level = levels[np.searchsorted(looks, trials)]
-    # A level of 0 is no level to compute a bound at: any other stands in for it.
-    bound = lower_confidence_bound(successes, trials, np.where(level > 0, level, 0.5))
-    return _with_the_end((level > 0) & (bound > p0), successes, trials, p0, alpha, looks)
-
-
 def _check_progress(successes, trials, looks):
     successes, trials = check_counts(successes, trials)
     if np.any(np.diff(looks) <= 0) or np.any(trials > looks[-1]):
@@ -196,38 +157,3 @@ def _is_futile(successes, trials, final, max_n):
     """
     unreachable = successes + (max_n - trials) < final
     return unreachable | (upper_confidence_bound(successes, trials, FUTILITY) < final / max_n)
-
-
-def staged_looks(n, alpha):
-    """Counts at which a staged certificate may end, and what each spends of `alpha`.
-
-    They double from 2,048, which whole blocks of noise add up to; the last is `n` and has half
-    of `alpha`, the others share the rest evenly. A union bound: whatever makes one stop, the
-    chance that the bound at that look is wrong is at most `alpha`.
-
-    Returns:
-        (looks, levels), tuples of ints and of floats that add up to `alpha`.
-    """
-    looks = [2048 * 2**k for k in range(40) if 2048 * 2**k < n / 1.5]
-    if not looks:
-        return (n,), (alpha,)
-    return (*looks, n), (*[alpha / 2 / len(looks)] * len(looks), alpha / 2)
-
-
-def is_settled(successes, trials, looks, levels, tolerance):
-    """Whether the draws still to come are not expected to add more than `tolerance` sigma.
-
-    Compares the radius now with that at the last look if the votes go on as they went. So an
-    image that is on its way to abstain is settled.
-
-    Args:
-        successes: votes for the selected class at this look.
-        trials: the look, one of `looks`.
-        looks, levels: from `staged_looks`.
-        tolerance: in units of sigma.
-    """
-    level = levels[looks.index(trials)]
-    now = certified_radius(lower_confidence_bound(successes, trials, level), 1.0)
-    expected = successes * looks[-1] // trials
-    end = certified_radius(lower_confidence_bound(expected, looks[-1], levels[-1]), 1.0)
-    return bool(end - now <= tolerance)

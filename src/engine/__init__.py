@@ -1,0 +1,1 @@
+"""How networks run fast: other forms of the same function, and the votes under noise."""

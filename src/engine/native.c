@@ -157,23 +157,6 @@ static void convolve(enum kind kind, const void *images, int n, int side, int st
     convolve_all(kind, images, in, n, wide, TAPS, row, run, layer, out, to, out, fate);
 }
 
-/* The largest of every 2x2 square, zero at least: (side, side, channels) -> half that, a margin. */
-static void halve(const feature *image, int side, int channels, feature *out, int margin)
-{
-    int wide = side / 2, pitch = wide + 2 * margin;
-    for (int y = 0; y < wide; y++)
-        for (int x = 0; x < wide; x++) {
-            const feature *corner = image + ((size_t)2 * y * side + 2 * x) * channels;
-            feature *to = out + ((size_t)(y + margin) * pitch + x + margin) * channels;
-            for (int c = 0; c < channels; c++) {
-                feature best = 0;
-                for (int k = 0; k < 4; k++)
-                    best = larger(best, corner[((size_t)(k / 2) * side + k % 2) * channels + c]);
-                to[c] = best;
-            }
-        }
-}
-
 /* Images (n, 28, 28) to the middle of padded ones. */
 static void put_images(const float *pixel, int n, number *to)
 {
@@ -184,42 +167,30 @@ static void put_images(const float *pixel, int n, number *to)
 }
 
 /* Bytes that `features` needs as scratch. */
-size_t scratch_size(int pooled, int first, int second)
+size_t scratch_size(int first)
 {
-    size_t padded = SIDE + 2 * MARGIN, half = SIDE / 2, inner = half + 2 * MARGIN;
-    size_t images = pooled ? 1 : PIXELS, large = SIDE * SIDE * (size_t)first;
-    size_t small = half * half * second, whole = large > small ? large : small;
-    size_t middle = images * inner * inner * first + (pooled ? whole : 0);
-    return images * padded * padded * sizeof(number) + middle * sizeof(feature) + STEP;
+    size_t padded = SIDE + 2 * MARGIN, inner = SIDE / 2 + 2 * MARGIN;
+    return PIXELS * (padded * padded * sizeof(number) + inner * inner * first * sizeof(feature)) + STEP;
 }
 
 /* `images` (n, 28, 28) -> `out` (n, 7, 7, second width). Runs of 5 * inputs numbers are filled up
    with zeros to whole words, of features to whole steps; widths are multiples of LANES; `scratch`
    holds scratch_size zeros. */
-void features(const float *images, int n, int pooled, const struct layer *layer1,
-              const struct layer *layer2, number *scratch, feature *out)
+void features(const float *images, int n, const struct layer *layer1, const struct layer *layer2,
+              number *scratch, feature *out)
 {
     /* PIXELS images at once fill the tiles and stay in the second-level cache. */
-    int group = pooled ? 1 : PIXELS, half = SIDE / 2, padded = SIDE + 2 * MARGIN;
-    int first = layer1->width, second = layer2->width;
-    size_t inner = (size_t)(half + 2 * MARGIN) * (half + 2 * MARGIN) * first;
+    int half = SIDE / 2, padded = SIDE + 2 * MARGIN, first = layer1->width;
     /* A run that was filled up ends, with weights of zero, in the numbers after it: in the next row or
        image, or in what scratch has to spare. */
     number *outer = scratch;
-    feature *middle = (feature *)(outer + group * padded * padded), *whole = middle + group * inner;
-    for (int start = 0; start < n; start += group) {
-        int count = n - start < group ? n - start : group;
+    feature *middle = (feature *)(outer + PIXELS * padded * padded);
+    for (int start = 0; start < n; start += PIXELS) {
+        int count = n - start < PIXELS ? n - start : PIXELS;
         put_images(images + (size_t)start * SIDE * SIDE, count, outer);
-        feature *to = out + (size_t)start * half * half / 4 * second;
-        if (pooled) {
-            convolve(OF_PIXELS, outer, 1, SIDE, 1, 1, layer1, whole, 0, PLAIN);
-            halve(whole, SIDE, first, middle, MARGIN);
-            convolve(OF_FEATURES, middle, 1, half, 1, first, layer2, whole, 0, PLAIN);
-            halve(whole, half, second, to, 0);
-        } else {
-            convolve(OF_PIXELS, outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
-            convolve(OF_FEATURES, middle, count, half, 2, first, layer2, to, 0, RECTIFIED);
-        }
+        feature *to = out + (size_t)start * half * half / 4 * layer2->width;
+        convolve(OF_PIXELS, outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
+        convolve(OF_FEATURES, middle, count, half, 2, first, layer2, to, 0, RECTIFIED);
     }
 }
 
@@ -314,13 +285,3 @@ void gradients(const float *images, int n, int second, const struct layer *layer
 #endif
 
 int lanes(void) { return LANES; }
-
-/* Whether the processor has units for whole tiles of bfloat16, several times as fast as vectors. */
-int matrix_units(void)
-{
-#ifdef __AMX_BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}

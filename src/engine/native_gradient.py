@@ -9,21 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from src.engine.folded import FoldedConvNN
-from src.engine.native import NativeConvNN, compiled, in_order, layer_of, rows_of
-
-
-def attacked_form(form: FoldedConvNN) -> nn.Module:
-    """The same function with convolutions and gradients in C where that can be, else `form`.
-
-    It can be in float32 on a CPU with a compiler, for networks that halve by stride and whose
-    layers fill the vectors.
-    """
-    on_cpu = form.kernel1.device.type == "cpu" and form.dtype == torch.float32
-    library = compiled("float32") if on_cpu and form.stride == 2 else None
-    if library is None or any(len(k) % library.lanes() for k in (form.kernel1, form.kernel2)):
-        return form
-    return AttackedConvNN(form, library).eval()
+from src.engine.native import NativeConvNN, added_up_in_order, layer_of, rows_of
 
 
 class AttackedConvNN(NativeConvNN):
@@ -33,11 +19,11 @@ class AttackedConvNN(NativeConvNN):
     the fully connected layers, which are torch's.
 
     Args:
-        form: a FoldedConvNN in float32 that halves by stride.
+        form: a FoldedConvNN in float32.
         library: `compiled` for float32.
     """
 
-    def __init__(self, form: FoldedConvNN, library: ctypes.CDLL):
+    def __init__(self, form: nn.Module, library: ctypes.CDLL):
         super().__init__(form, library)
         # In the order in which the flipped kernel meets the places of a 2x2 square.
         flipped = form.kernel2.flip(2, 3).transpose(0, 1)
@@ -45,7 +31,7 @@ class AttackedConvNN(NativeConvNN):
         lanes = library.lanes()
         kernels += [F.pad(form.reverse1, (0,) * 7 + (lanes - len(form.reverse1),))]
         nothing = torch.zeros(max(lanes, *self.widths))
-        tensors = [(in_order(rows_of(k), lanes), nothing[: len(k)]) for k in kernels]
+        tensors = [(added_up_in_order(rows_of(k), lanes), nothing[: len(k)]) for k in kernels]
         layers = [layer_of(kernel, zeros, zeros) for kernel, zeros in tensors]
         self.kept_back = tensors
         self.back2, self.back1 = (type(layers[0]) * 4)(*layers[:4]), layers[4]

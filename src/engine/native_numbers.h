@@ -1,14 +1,12 @@
-/* The numbers that native.c computes with: float32, with -DBFLOAT16 bfloat16, with -DINT16 or -DINT8
-   integers of 16 bits, or of 8 from the first features on. Each section says what a number, a pixel, and
-   a feature is, in what steps of 1 / UNIT pixels are counted, at what LIMIT integers are cut, how many
+/* The numbers that native.c computes with: float32, with -DINT16 or -DINT8 integers of 16 bits, or of
+   8 from the first features on. Each section says what a number, a pixel, and a feature is, in what steps of 1 / UNIT pixels are counted, at what LIMIT integers are cut, how many
    bytes of features are added up at once (STEP), and:
    begun           the sum with which to begin, given the biases
    add_product     a sum plus a WORD of numbers times the kernels of LANES channels
    add_features    the same of STEP features, where that is more than a WORD
    finished        the sum with the biases, as the next layer counts
    store           values as the nearest numbers, ties to even; a NaN stays one, as an integer 0
-   store_features  values as the nearest features
-   larger          of two features; a NaN is larger than any number */
+   store_features  values as the nearest features */
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -35,47 +33,7 @@ typedef short shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alia
 
 static inline bits in_every_lane(const void *two) { return *(const pair *)two - (bits){0}; }
 
-#if defined(BFLOAT16)
-
-typedef unsigned short number;
-typedef vector sums;
-enum { UNIT = 1, PIXEL_LIMIT = 0, FEATURE_LIMIT = 0 };
-#define STEP 4
-
-static inline sums add_product(sums sum, const void *pixel, bits kernel)
-{
-    bits two = in_every_lane(pixel);
-#if LANES == 16 && defined(__AVX512BF16__)
-    return (sums)_mm512_dpbf16_ps((__m512)sum, (__m512bh)two, (__m512bh)kernel);
-#else
-    /* The instruction above takes numbers below 2^-126 for zero; here they count. It also adds the
-       second product first. */
-    bits upper = (bits){0} - 65536;
-    sum += (vector)(two << 16) * (vector)(kernel << 16);
-    return sum + (vector)(two & upper) * (vector)(kernel & upper);
-#endif
-}
-
-static inline void store(number *to, vector values, int limit)
-{
-    (void)limit;
-    words exact = (words)values, even = (exact >> 16) & 1, nan = (words)(values != values);
-    words rounded = ((exact + 32767 + even) >> 16 & ~nan) | ((exact >> 16 | 64) & nan);
-    *(shorts *)to = __builtin_convertvector(rounded, shorts);
-}
-
-static inline float widened(number value)
-{
-    union { unsigned whole; float real; } as = {(unsigned)value << 16};
-    return as.real;
-}
-
-static inline number larger(number a, number b)
-{
-    return widened(b) <= widened(a) || widened(a) != widened(a) ? a : b;
-}
-
-#elif defined(INT16) || defined(INT8)
+#if defined(INT16) || defined(INT8)
 
 /* Which half of 32 bits is the first of two numbers. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the last byte is not the highest");
@@ -174,10 +132,6 @@ static inline void store(number *to, vector values, int limit)
     *(vector *)to = values;
 }
 
-#endif
-
-#if defined(BFLOAT16) || defined(FLOAT32)
-
 /* Floats begin with the biases, in the steps of the next layer. */
 static inline sums begun(vector bias) { return bias; }
 
@@ -221,10 +175,4 @@ static inline sums add_features(sums sum, const void *pixel, const bits *kernel)
 
 static inline void store_features(feature *to, vector values) { store(to, values, FEATURE_LIMIT); }
 
-#endif
-
-#ifdef FLOAT32
-static inline float larger(float a, float b) { return b <= a || a != a ? a : b; }
-#elif !defined(BFLOAT16)
-static inline feature larger(feature a, feature b) { return b > a ? b : a; }
 #endif

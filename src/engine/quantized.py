@@ -1,6 +1,5 @@
 """ConvNN in integers: the same features, to the bit, on every processor."""
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -8,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.checks import check_shape
-from src.engine.folded import FoldedConvNN, VotingOutput, check_precision, ramp
+from src.engine.folded import FoldedConvNN
+from src.engine.parts import VotingOutput, check_precision, ramp
 
 # Pixels are counted in steps of 1 / UNIT, up to 16, which noise of sigma = 2 reaches once in 1e13.
 UNIT = 2048
@@ -54,6 +54,8 @@ class QuantizedConvNN(nn.Module):
         ValueError: if a weight is not finite or too large, and on MPS, which has no float64.
     """
 
+    in_integers = True
+
     @torch.no_grad()
     def __init__(self, network: nn.Module, precision: str = "int16"):
         super().__init__()
@@ -61,9 +63,7 @@ class QuantizedConvNN(nn.Module):
         if network.output.weight.device.type == "mps":
             raise ValueError(f"MPS has no float64, which {precision!r} needs there; use 'float32'.")
         folded = FoldedConvNN(network, "float32")
-        # A copy, whose mode can change without that of the network.
-        self.thresholds, self.halve = network.thresholds, copy.copy(network.halve)
-        self.stride = folded.stride
+        self.thresholds = network.thresholds
         self.integers = later = INTEGERS[precision]
         self.dtype = later.dtype
         units = [_unit(norm, later) for norm in (network.norm1, network.norm2)]
@@ -104,9 +104,9 @@ class QuantizedConvNN(nn.Module):
         values = pixels.nan_to_num(0).round().clamp(-PIXEL_LIMIT, PIXEL_LIMIT)
         for number in (1, 2):
             kernel, bias, scale = self.layer(number)
-            sums = F.conv2d(values.double(), kernel.double(), None, self.stride, padding=2)
+            sums = F.conv2d(values.double(), kernel.double(), stride=2, padding=2)
             total = (bias[:, None, None] + sums.float()) * scale[:, None, None]
-            values = self.halve(total.round().clamp(0, self.integers.limit))
+            values = total.round().clamp(0, self.integers.limit)
         return values.permute(0, 2, 3, 1).flatten(1).to(self.dtype)
 
     def hidden(self, features: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def _layer(
         raise ValueError(f"A layer with {rows.shape[1]:,} inputs is too wide for integers.")
     steps = (room / rows.abs().sum(1)).minimum(torch.iinfo(dtype).max / rows.abs().amax(1))
     if dtype == torch.int8:
-        sums = together(weights.double()).abs().sum(-1)
-        steps = steps.minimum(((2**15 - 1) // limit - TOGETHER / 2) / sums.flatten(1).amax(1))
+        sums = summed_in_16_bits(weights.double()).abs().sum(-1)
+        steps = steps.minimum(((2**15 - 1) // limit - SUMMED / 2) / sums.flatten(1).amax(1))
     # Of a channel with hardly any weights its biases must not become infinite.
     steps = steps.nan_to_num(1.0, posinf=1e20).clamp(max=1e20)
     kernel = (rows * steps[:, None]).round().to(dtype).view(weights.shape)
@@ -156,15 +156,15 @@ def _layer(
 
 
 # Products with 8 bits that are added up in 16.
-TOGETHER = 8
+SUMMED = 8
 
 
-def together(weights: Tensor) -> Tensor:
-    """The weights (C, ...) whose products `native.c` adds up in 16 bits: (C, ..., TOGETHER).
+def summed_in_16_bits(weights: Tensor) -> Tensor:
+    """The weights (C, ...) whose products `native.c` adds up in 16 bits: (C, ..., SUMMED).
 
     Of 16 in a row every other pair. A row of a kernel (C, inputs, 5, 5) has 5 * inputs weights, and
     zeros to the next multiple of 16.
     """
     rows = weights.permute(0, 2, 3, 1).flatten(2) if weights.dim() == 4 else weights
-    rows = F.pad(rows, (0, -rows.shape[-1] % (2 * TOGETHER)))
+    rows = F.pad(rows, (0, -rows.shape[-1] % (2 * SUMMED)))
     return rows.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-2)

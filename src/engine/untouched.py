@@ -1,12 +1,14 @@
 """What tells a stock network, which may run in another form, from one that a user has changed."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from src.checks import evaluation_mode, same
-from src.engine.folded import TOLERANCES
+from src.engine.parts import TOLERANCES
 
 # Wrappers that answer as the module in this attribute does.
 _WRAPPERS = {
@@ -134,3 +136,23 @@ def _probe() -> Tensor:
         images = torch.rand((16, 1, 28, 28), generator=generator)
         images[8:] += torch.randn((8, 1, 28, 28), generator=generator)
     return images
+
+
+@contextmanager
+def evaluation_form(model: nn.Module, *, probe: bool = False) -> Iterator[nn.Module]:
+    """The form in which a model is best evaluated and attacked; it must not outlive the block.
+
+    A ConvNN as it was made offers one (`attacked_form`), in bfloat16 under autocast, else in
+    float32. Another model is put in evaluation mode until the block ends; so is a ConvNN that was
+    altered after it was made and, if `probe`, one whose forward pass gives other answers.
+    """
+    network = unwrapped(model)
+    if is_untouched(network):
+        cast = torch.is_autocast_enabled(next(network.parameters()).device.type)
+        precision = "bfloat16" if cast else "float32"
+        form = network.attacked_form(precision)
+        if not probe or agrees(form, network, precision):
+            yield form
+            return
+    with evaluation_mode(model):
+        yield model

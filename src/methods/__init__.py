@@ -1,0 +1,1 @@
+"""What the two defences add to training."""

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack, random_start_attack
-from src.checks import check_ball, check_count, check_dataset
+from src.checks import check_ball, check_count, check_dataset, checked_logits
 from src.training_and_evaluation import Loss, accuracy, adversarial_loss
 
 
@@ -46,6 +47,29 @@ def training_attack(
     if name == "pgd":
         return partial(pgd_attack, norm=norm, steps=steps, generator=generator)
     raise ValueError(f"'name' is {name!r}; use 'gradient' or 'pgd'.")
+
+
+def trades_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Callable[..., Tensor],
+    beta: float = 6.0,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy at the images plus `beta` times the divergence of the attacked predictions.
+
+    E L(f(x), y) + beta KL(f(x) || f(x + delta)) (TRADES, Zhang et al., ICML 2019). There the
+    attack maximises the divergence; any `attack` will do here. Returns the logits at the
+    attacked images.
+    """
+    # One batch, so that batch normalisation sees both as one population.
+    both = torch.cat([images, attack(model, images, labels)])
+    clean, attacked = checked_logits(model(both), len(both)).chunk(2)
+    divergence = F.kl_div(
+        F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="batchmean", log_target=True
+    )
+    return F.cross_entropy(clean, labels) + beta * divergence, attacked
 
 
 def ramped_adversarial_loss(

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.attacks import direction, gradient_of, with_gradients
+from src.balls import direction
 from src.checks import checked_logits
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
 from src.models import SmoothClassifier
 from src.training_and_evaluation import Loss
+from src.verdicts import gradient_of, with_gradients
 
 # What --method stands for: the arguments of `smoothing_loss`. The weights of consistency and
 # entropy are those of its paper for MNIST or near them; epsilon is in pixel units.

@@ -1,0 +1,1 @@
+"""MNIST's raw files: verified, and fetched when they are missing."""

@@ -1,0 +1,1 @@
+"""How weights are updated: optimisers, images in random order, several processes."""

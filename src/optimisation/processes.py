@@ -77,7 +77,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def processes() -> int:
+def process_count() -> int:
     """How many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -93,14 +93,14 @@ def restarted() -> bool:
     All have to ask at the same time: on another machine the count of restarts stays at 0.
     """
     count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    if processes() > 1:
+    if process_count() > 1:
         dist.all_reduce(count, dist.ReduceOp.MAX)
     return int(count) > 0
 
 
 def wait_for_all() -> None:
     """Return once every process has come here."""
-    if processes() > 1:
+    if process_count() > 1:
         dist.barrier()
 
 
@@ -113,7 +113,7 @@ def own_seed(seed: int) -> int:
 
 def from_main(compute: Callable[[], object]) -> object:
     """What `compute` returns in the first process, given to all; the others do not call it."""
-    if processes() == 1:
+    if process_count() == 1:
         return compute()
     box = [compute() if is_main() else None]
     dist.broadcast_object_list(box, src=0)
@@ -122,18 +122,18 @@ def from_main(compute: Callable[[], object]) -> object:
 
 def share_weights(model: nn.Module) -> None:
     """Give every process the weights of the first."""
-    if processes() > 1:
+    if process_count() > 1:
         weights = from_main(lambda: {k: v.cpu() for k, v in model.state_dict().items()})
         model.load_state_dict(weights)
 
 
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its mean over the processes, all in one exchange."""
-    if processes() == 1:
+    if process_count() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    parts = flat.div_(processes()).split([tensor.numel() for tensor in tensors])
+    parts = flat.div_(process_count()).split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
 

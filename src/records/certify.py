@@ -1,17 +1,16 @@
 """A data set certified to a file of rows, with all that they depend on in its twin."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 
 from torch.utils.data import TensorDataset
 
 from src.checkpoints import weights_digest
-from src.engine.native import form_name
+from src.engine.forms import form_name
 from src.models import SmoothClassifier
 from src.records.recording import record_certificates
 from src.training_and_evaluation import evaluate_robustness
-from src.utils import subset
+from src.utils import data_digest, subset
 
 
 def certify_dataset(
@@ -56,15 +55,6 @@ def certify_dataset(
         labels=subset(dataset, indices).tensors[1].tolist(),
         resume=resume,
     )
-
-
-def data_digest(dataset: TensorDataset) -> str:
-    """SHA-256 over images and labels."""
-    digest = hashlib.sha256()
-    for tensor in dataset.tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settings) -> dict:

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from src.checkpoints import load_checkpoint, weights_digest
-from src.engine.native import form_name
+from src.engine.forms import form_name
 from src.models import SmoothClassifier
-from src.records.certify import data_digest
 from src.records.recording import is_same_draw
 from src.records.rows import read_rows
 from src.records.twins import read_twin
 from src.training_and_evaluation import evaluate_robustness
-from src.utils import get_device, load_mnist
+from src.utils import data_digest, get_device, load_mnist
 
 # Votes that may fall otherwise, of a thousand, where another form of the network casts them: in a
 # tie of rounding errors.

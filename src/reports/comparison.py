@@ -12,7 +12,6 @@ from src.optimisation.processes import is_main
 from src.records.certify import certify_dataset
 from src.records.merging import merge
 from src.records.rows import read_rows, write_rows
-from src.records.twins import read_twin
 from src.reports.plotting import (
     plot_accuracy_against_epsilon,
     plot_certified_accuracy,
@@ -156,14 +155,6 @@ def set_targets_aside(
         paths += [results / f"comparison_{table}.csv" for table in TABLES]
     for path in dict.fromkeys(paths):
         set_aside(path)
-
-
-def recorded_precision(
-    results: str | Path, name: str, shard: tuple[int, int] = (1, 1)
-) -> str | None:
-    """The precision of a model's certificates from an earlier run; None if there are none."""
-    twin = certificates_path(results, name, shard).with_suffix(".json")
-    return read_twin(twin)["settings"].get("precision") if twin.exists() else None
 
 
 def merge_shards(models: Iterable[str], results: str | Path, parts: int) -> dict[str, list[dict]]:

@@ -9,20 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.attacks import (
-    Worst,
-    checked,
-    direction,
-    gradient_of,
-    known,
-    logits_of,
-    margin,
-    projection,
-    random_in_ball,
-    with_gradients,
-)
+from src.attacks import checked
+from src.balls import direction, projection, random_in_ball
 from src.checks import check_count, predicted
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
+from src.verdicts import Worst, gradient_of, known, logits_of, margin, with_gradients
 
 MOMENTUM = 0.75
 # Halve the step where fewer than this share of the steps since the last checkpoint went up.

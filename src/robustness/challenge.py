@@ -7,7 +7,7 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from src.attacks import direction, gradient_of, with_gradients
+from src.balls import direction
 from src.checks import (
     check_classes,
     check_count,
@@ -16,10 +16,11 @@ from src.checks import (
     check_labels,
     check_number,
 )
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
 from src.methods.smoothing import mean_log_softmax
 from src.models import ABSTAIN, SmoothClassifier
 from src.utils import progress_bar, spread_indices, subset
+from src.verdicts import gradient_of, with_gradients
 
 
 @with_gradients()

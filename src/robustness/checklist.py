@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from src.attacks import gradient_of, logits_of, with_gradients
 from src.checks import check_count, check_dataset
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
 from src.robustness.few_pixels import few_pixels_attack
 from src.robustness.fixed_radii import SINGLE_STEP
 from src.robustness.noise import random_noise, random_search
 from src.training_and_evaluation import correct
 from src.utils import spread, spread_indices, subset
+from src.verdicts import gradient_of, logits_of, with_gradients
 
 # The checks, and what to do about what each one finds.
 CHECKS = {

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from src.attacks import with_gradients
 from src.robustness.checklist import evaluation_warnings
 from src.robustness.fixed_radii import RADII, attack_hits, table_rows
 from src.robustness.smallest_epsilon import epsilon_curves, epsilon_rows
 from src.utils import subset
+from src.verdicts import with_gradients
 
 
 @with_gradients()

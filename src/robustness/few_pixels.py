@@ -7,16 +7,10 @@ threshold, is hardly touched by many small changes, and PGD takes it for robust.
 import torch
 from torch import Tensor, nn
 
-from src.attacks import (
-    checked,
-    gradient_of,
-    logits_of,
-    margin,
-    projection,
-    right,
-    with_gradients,
-)
-from src.convnn import evaluation_form
+from src.attacks import checked
+from src.balls import projection
+from src.engine.untouched import evaluation_form
+from src.verdicts import gradient_of, logits_of, margin, right, with_gradients
 
 # How far a pixel is moved: past a threshold in the middle, or from end to end.
 MOVES = (0.5, 0.75, 1.0)

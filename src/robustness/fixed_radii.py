@@ -8,13 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from src.attacks import gradient_attack, pgd_attack, right, with_gradients
+from src.attacks import gradient_attack, pgd_attack
 from src.certification.intervals import accuracy_interval
-from src.checks import check_count, check_dataset
-from src.convnn import evaluation_form
-from src.robustness.strongest import strongest_attack_stages
 from src.training_and_evaluation import correct
 from src.utils import progress_bar
+from src.verdicts import with_gradients
 
 # The radii of the tables, in pixel units.
 RADII = (("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 1.0), ("l2", 2.0))
@@ -85,49 +83,6 @@ def attack_table(model: nn.Module, dataset: TensorDataset, **options) -> list[di
         95 % interval `low`, `high` (Clopper-Pearson, test sampling).
     """
     return table_rows(attack_hits(model, dataset, **options))
-
-
-@with_gradients()
-def hits_by_stage(
-    model: nn.Module,
-    dataset: TensorDataset,
-    epsilon: float,
-    norm: str = "linf",
-    *,
-    batch_size: int = 1000,
-    device: str | torch.device | None = None,
-    progress: bool = True,
-    **options,
-) -> dict[str, torch.Tensor]:
-    """Which images are still classified correctly after each stage of the strongest attack.
-
-    Args:
-        model: images -> logits (B, classes).
-        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
-        epsilon, norm, options: as for `strongest_attack_stages`.
-        batch_size: images a batch.
-        device: where the attack runs; default: where the model is.
-        progress: show a progress bar.
-
-    Returns:
-        Name of the stage -> bool (N,) on the CPU, "clean" first; none is true that was false
-        before. The last one is the answer.
-    """
-    check_dataset(dataset, empty=False)
-    check_count("batch_size", batch_size)
-    device = device or next(model.parameters(), dataset.tensors[0]).device
-    hits = {}
-    batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
-    with evaluation_form(model, probe=True) as network:
-        for images, labels in progress_bar(progress, batches, desc="attacking"):
-            images, labels = images.to(device), labels.to(device)
-            stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
-            standing = torch.ones(len(labels), dtype=torch.bool)
-            for name, points in stages:
-                # The same model and batch for every stage, so that rounding cannot decide.
-                standing = standing & right(network, points, labels).cpu()
-                hits.setdefault(name, []).append(standing)
-    return {name: torch.cat(parts) for name, parts in hits.items()}
 
 
 def accuracy_row(attack: str, norm: str, epsilon: float, hits: torch.Tensor) -> dict:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from src.attacks import logits_of, right
 from src.checks import check_ball, check_count, check_images, check_labels, predicted
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
+from src.verdicts import logits_of, right
 
 
 def random_noise(

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from src.attacks import right, with_gradients
 from src.checks import check_ball, check_dataset, check_function
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
 from src.robustness.fixed_radii import accuracy_row, attacks, multi_step_name
 from src.training_and_evaluation import correct
 from src.utils import progress_bar, subset
+from src.verdicts import right, with_gradients
 
 # The radii of the curves: far enough that a working attack brings every model down to chance.
 CURVE_EPSILONS = {

@@ -6,9 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from src.attacks import Worst, checked, linf_box, logits_of, margin, projection
+from src.attacks import checked
+from src.balls import linf_box, projection
 from src.checks import check_count, check_number, predicted
-from src.convnn import evaluation_form
+from src.engine.untouched import evaluation_form
+from src.verdicts import Worst, logits_of, margin
 
 # After how many of 10,000 queries the area of the squares is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

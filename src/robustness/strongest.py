@@ -10,14 +10,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from src.attacks import Worst, checked, logits_of, margin, with_gradients
-from src.checks import check_count, check_function, predicted
-from src.convnn import evaluation_form
-from src.engine.untouched import unwrapped
+from src.attacks import checked
+from src.checks import check_count, check_dataset, check_function, predicted
+from src.engine.untouched import evaluation_form, unwrapped
 from src.robustness.apgd import apgd_attack
 from src.robustness.square import square_attack
 from src.robustness.thresholds import behind_ramp, ramp_attack
+from src.utils import progress_bar
+from src.verdicts import Worst, logits_of, margin, right, with_gradients
 
 __all__ = [
     "apgd_attack",
@@ -131,6 +133,49 @@ def _has_ramp(model: nn.Module, images: Tensor) -> bool:
         stacklevel=4,
     )
     return False
+
+
+@with_gradients()
+def hits_by_stage(
+    model: nn.Module,
+    dataset: TensorDataset,
+    epsilon: float,
+    norm: str = "linf",
+    *,
+    batch_size: int = 1000,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    **options,
+) -> dict[str, torch.Tensor]:
+    """Which images are still classified correctly after each stage of the strongest attack.
+
+    Args:
+        model: images -> logits (B, classes).
+        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        epsilon, norm, options: as for `strongest_attack_stages`.
+        batch_size: images a batch.
+        device: where the attack runs; default: where the model is.
+        progress: show a progress bar.
+
+    Returns:
+        Name of the stage -> bool (N,) on the CPU, "clean" first; none is true that was false
+        before. The last one is the answer.
+    """
+    check_dataset(dataset, empty=False)
+    check_count("batch_size", batch_size)
+    device = device or next(model.parameters(), dataset.tensors[0]).device
+    hits = {}
+    batches = list(zip(*(t.split(batch_size) for t in dataset.tensors), strict=True))
+    with evaluation_form(model, probe=True) as network:
+        for images, labels in progress_bar(progress, batches, desc="attacking"):
+            images, labels = images.to(device), labels.to(device)
+            stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
+            standing = torch.ones(len(labels), dtype=torch.bool)
+            for name, points in stages:
+                # The same model and batch for every stage, so that rounding cannot decide.
+                standing = standing & right(network, points, labels).cpu()
+                hits.setdefault(name, []).append(standing)
+    return {name: torch.cat(parts) for name, parts in hits.items()}
 
 
 def _stages(adaptive, norm, steps, restarts, targets, queries) -> list[tuple[str, Callable]]:

@@ -10,21 +10,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from src.attacks import (
-    Worst,
-    checked,
-    direction,
-    linf_box,
-    logits_of,
-    margin,
-    projection,
-    with_gradients,
-)
+from src.attacks import checked
+from src.balls import direction, linf_box, projection
 from src.checks import checked_logits, predicted
-from src.convnn import evaluation_form
-from src.engine.folded import ramp
-from src.engine.untouched import unwrapped
+from src.engine.parts import ramp
+from src.engine.untouched import evaluation_form, unwrapped
 from src.robustness.apgd import Space, check_search, search
+from src.verdicts import Worst, logits_of, margin, with_gradients
 
 
 @with_gradients()

@@ -9,7 +9,7 @@ from benchmarks import worst_case
 from src.checkpoints import save_checkpoint, weights_digest
 from src.models import ConvNN
 from src.records.rows import read_rows
-from src.robustness.fixed_radii import hits_by_stage
+from src.robustness.strongest import hits_by_stage
 from src.utils import load_mnist, subset
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src.certification.bounds import (
+from src.certification import (
     certified_radius,
     lower_confidence_bound,
     required_probability,

@@ -1,4 +1,4 @@
-"""The stopping rules of `src.certification.stopping`: exact error rates, power and cost."""
+"""The stopping rule of `src.certification.stopping`: exact error rates, power and cost."""
 
 import mpmath
 import numpy as np
@@ -7,32 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from src.certification.bounds import certified_radius, lower_confidence_bound, required_probability
+from src.certification import lower_confidence_bound, required_probability
 from src.certification.stopping import (
     CERTIFY,
     CONCENTRATION,
     CONTINUE,
     REJECT,
-    grid_decision,
-    grid_levels,
-    is_settled,
     look_schedule,
     mixture_decision,
     mixture_log_e_value,
-    staged_looks,
 )
 
-RULES = [mixture_decision, grid_decision]
 
-
-def operating_characteristics(rule, p, p0, alpha, max_n):
+def operating_characteristics(p, p0, alpha, max_n):
     """Exact (chance to certify, mean draws) at success probability `p`, over every outcome."""
     looks = look_schedule(max_n, p0, alpha)
     going_on, drawn, certified, mean = np.ones(1), 0, 0.0, 0.0
     for look in looks:
         new = np.arange(look - drawn + 1)
         going_on = np.convolve(going_on, stats.binom.pmf(new, look - drawn, p))
-        decision = rule(np.arange(look + 1), look, p0, alpha, looks)
+        decision = mixture_decision(np.arange(look + 1), look, p0, alpha, looks)
         mean += going_on[decision != CONTINUE].sum() * look
         certified += going_on[decision == CERTIFY].sum()
         going_on, drawn = np.where(decision == CONTINUE, going_on, 0), look
@@ -40,18 +34,16 @@ def operating_characteristics(rule, p, p0, alpha, max_n):
     return certified, mean
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("p0", [0.5, 0.6, 0.8413, 0.97725])
 @pytest.mark.parametrize("alpha", [0.001, 0.2])
-def test_exact_error_rate_is_within_alpha(rule, p0, alpha):
+def test_exact_error_rate_is_within_alpha(p0, alpha):
     # Convolved over every outcome, so there is nothing random about it. Below p0 it is smaller.
-    at_p0, _ = operating_characteristics(rule, p0, p0, alpha, max_n=2000)
-    below, _ = operating_characteristics(rule, p0 - 0.02, p0, alpha, max_n=2000)
+    at_p0, _ = operating_characteristics(p0, p0, alpha, max_n=2000)
+    below, _ = operating_characteristics(p0 - 0.02, p0, alpha, max_n=2000)
     assert below < at_p0 <= alpha
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_simulated_error_rate_is_within_alpha(rule):
+def test_simulated_error_rate_is_within_alpha():
     # Up to 20 % may be certified; 22 % of 20,000 are 7 standard deviations away: a false alarm
     # in 1e11.
     p0, alpha = required_probability(0.5, 0.5), 0.2
@@ -61,7 +53,7 @@ def test_simulated_error_rate_is_within_alpha(rule):
     for look in looks:
         successes += rng.binomial(look - drawn, p0, size=20_000)
         drawn = look
-        answers = rule(np.arange(look + 1), look, p0, alpha, looks)
+        answers = mixture_decision(np.arange(look + 1), look, p0, alpha, looks)
         decision = np.where(decision, decision, answers[successes])
     assert set(np.unique(decision)) == {CERTIFY, REJECT}
     assert 0.02 < np.mean(decision == CERTIFY) <= 0.22
@@ -108,23 +100,21 @@ def test_e_value_grows_with_success_and_never_is_nan(successes, failures, p0):
     assert log_e <= -successes * np.log(p0) + 1e-5
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_clear_images_are_settled_soon(rule):
+def test_clear_images_are_settled_soon():
     # Radius 2 sigma at alpha = 0.001: 301 draws are the least there can be, 100,000 the most.
     p0 = required_probability(0.5, 0.25)
-    certified, mean = operating_characteristics(rule, 0.99993, p0, 0.001, max_n=5000)
+    certified, mean = operating_characteristics(0.99993, p0, 0.001, max_n=5000)
     assert certified > 0.9999
     assert 301 < mean < 400
-    certified, mean = operating_characteristics(rule, 0.5, p0, 0.001, max_n=5000)
+    certified, mean = operating_characteristics(0.5, p0, 0.001, max_n=5000)
     assert certified < 1e-6
     assert mean < 33
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("p", [0.988, 0.99])
-def test_little_power_is_lost_against_a_fixed_number_of_draws(rule, p):
+def test_little_power_is_lost_against_a_fixed_number_of_draws(p):
     p0, max_n = required_probability(0.5, 0.25), 5000
-    certified, mean = operating_characteristics(rule, p, p0, 0.001, max_n)
+    certified, mean = operating_characteristics(p, p0, 0.001, max_n)
     k = np.arange(max_n + 1)
     fixed = stats.binom.pmf(k, max_n, p)[lower_confidence_bound(k, max_n, 0.001) > p0].sum()
     assert fixed - 0.05 < certified
@@ -137,18 +127,6 @@ def test_schedule_ascends_to_the_last_draw():
     assert looks[0] == 32
     assert looks[-1] == 100_000
     assert np.all(np.diff(looks) > 0)
-    assert np.sum(grid_levels(p0, 0.001, looks)) == pytest.approx(0.001, rel=1e-12)
-
-
-@given(st.floats(0.5, 0.9999), st.floats(1e-9, 0.5), st.integers(0, 10**6))
-def test_grid_spends_no_more_than_alpha(p0, alpha, more):
-    try:
-        looks = look_schedule(10 + more, p0, alpha)
-    except ValueError:
-        return
-    levels = grid_levels(p0, alpha, looks)
-    assert np.all(levels >= 0)
-    assert levels.sum() <= alpha * (1 + 1e-12)
 
 
 def test_smallest_budget_is_enough_and_one_less_is_refused():
@@ -156,19 +134,20 @@ def test_smallest_budget_is_enough_and_one_less_is_refused():
     with pytest.raises(ValueError, match="'max_n' = 300 can never certify") as error:
         look_schedule(300, p0, 0.001)
     needed = int(str(error.value).rstrip(".").split(">= ")[-1])
-    for rule in RULES:
-        assert rule(needed, needed, p0, 0.001, look_schedule(needed, p0, 0.001)) == CERTIFY
+    looks = look_schedule(needed, p0, 0.001)
+    assert mixture_decision(needed, needed, p0, 0.001, looks) == CERTIFY
     with pytest.raises(ValueError, match="'max_n'"):
         look_schedule(needed - 1, p0, 0.001)
 
 
-def test_rules_give_up_once_the_end_is_out_of_reach():
+def test_the_rule_gives_up_once_the_end_is_out_of_reach():
     p0 = required_probability(0.5, 0.25)
     looks = look_schedule(400, p0, 0.001)
-    for rule in RULES:
-        assert rule([looks[0], 0], looks[0], p0, 0.001, looks).tolist() == [CONTINUE, REJECT]
-        assert rule(390, 400, p0, 0.001, looks) == REJECT
-        assert rule(0, looks[0], p0, 0.001, looks).dtype == np.int8
+    first = mixture_decision([looks[0], 0], looks[0], p0, 0.001, looks)
+    assert first.tolist() == [CONTINUE, REJECT]
+    assert first.dtype == np.int8
+    assert mixture_decision(0, looks[0], p0, 0.001, looks).dtype == np.int8
+    assert mixture_decision(390, 400, p0, 0.001, looks) == REJECT
 
 
 @pytest.mark.parametrize(
@@ -180,44 +159,9 @@ def test_rules_give_up_once_the_end_is_out_of_reach():
         (lambda: look_schedule(1000.5, 0.9, 0.01), "max_n"),
         (lambda: mixture_log_e_value(5, 4, 0.9), "successes"),
         (lambda: mixture_decision(5, 9, 0.9, 0.1, (3, 8)), "trials"),
-        (lambda: grid_decision(5, 7, 0.6, 0.1, (6, 80)), "trials"),
         (lambda: mixture_decision(5, 8, 0.9, 0.1, (9, 8)), "looks"),
     ],
 )
 def test_bad_arguments_are_named(call, name):
     with pytest.raises(ValueError, match=f"'{name}'"):
         call()
-
-
-@pytest.mark.parametrize(("n", "alpha"), [(100, 0.3), (3000, 0.2), (10_000, 0.2), (50_000, 0.05)])
-@pytest.mark.parametrize("p", [0.52, 0.9, 0.997])
-def test_staged_bounds_are_wrong_at_most_alpha_of_the_time(n, alpha, p):
-    # Even if the drawing stops at the first look whose bound is wrong, which no rule can know.
-    looks, levels = staged_looks(n, alpha)
-    assert looks[-1] == n
-    assert all(look % 2048 == 0 for look in looks[:-1])
-    assert sum(levels) == pytest.approx(alpha, rel=1e-12)
-    runs = 4000
-    steps = np.diff([0, *looks])
-    counts = np.random.default_rng(0).binomial(steps, p, (runs, len(looks))).cumsum(axis=1)
-    wrong = (lower_confidence_bound(counts, np.array(looks), np.array(levels)) > p).any(axis=1)
-    # False alarm: 1e-6 a case, if the chance is alpha exactly.
-    assert wrong.sum() <= stats.binom.ppf(1 - 1e-6, runs, alpha)
-
-
-@pytest.mark.parametrize(("share", "settled"), [(0.2, True), (0.499, True), (0.52, False)])
-def test_images_on_their_way_to_abstain_are_settled(share, settled):
-    looks, levels = staged_looks(100_000, 0.001)
-    assert is_settled(int(share * 2048), 2048, looks, levels, 0.0) == settled
-
-
-def test_tolerance_is_what_the_rest_of_the_draws_would_add():
-    looks, levels = staged_looks(100_000, 0.001)
-    successes, trials = 1843, 2048
-    now = certified_radius(lower_confidence_bound(successes, trials, levels[0]), 1.0)
-    expected = successes * 100_000 // trials
-    end = certified_radius(lower_confidence_bound(expected, 100_000, levels[-1]), 1.0)
-    gain = end - now
-    assert gain > 0.1
-    assert not is_settled(successes, trials, looks, levels, gain - 1e-9)
-    assert is_settled(successes, trials, looks, levels, gain + 1e-9)

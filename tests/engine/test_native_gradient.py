@@ -4,10 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.convnn import ConvNN, evaluation_form
-from src.engine.folded import FoldedConvNN, ramp
+from src.engine.folded import FoldedConvNN
+from src.engine.forms import attacked_form
 from src.engine.native import compiled
-from src.engine.native_gradient import AttackedConvNN, attacked_form
+from src.engine.native_gradient import AttackedConvNN
+from src.engine.parts import ramp
+from src.engine.quantized import INTEGERS
+from src.engine.untouched import evaluation_form
+from src.models import ConvNN
 from tests.engine import test_native
 from tests.engine.test_native import images_of, trained
 
@@ -116,11 +120,15 @@ def test_only_first_derivatives(case):
 def test_it_is_taken_where_it_can_be(monkeypatch):
     with evaluation_form(trained()) as network:
         assert isinstance(network, AttackedConvNN)
-    for other in ({"channels": (16, 20)}, {"pooled": True}):
-        assert isinstance(attacked_form(ConvNN(**other).inference_form()), FoldedConvNN)
-    assert isinstance(attacked_form(ConvNN().inference_form("bfloat16")), FoldedConvNN)
-    monkeypatch.setattr("src.engine.native_gradient.compiled", lambda precision: None)
-    assert isinstance(attacked_form(ConvNN().inference_form()), FoldedConvNN)
+    assert isinstance(attacked_form(ConvNN((16, 20)), "float32"), FoldedConvNN)
+    rounded = attacked_form(ConvNN(), "bfloat16")
+    assert isinstance(rounded, FoldedConvNN)
+    assert rounded.dtype == torch.bfloat16
+    for integers in INTEGERS:
+        with pytest.raises(ValueError, match="'precision'"):
+            attacked_form(ConvNN(), integers)
+    monkeypatch.setattr("src.engine.forms.compiled", lambda precision: None)
+    assert isinstance(attacked_form(ConvNN(), "float32"), FoldedConvNN)
 
 
 def test_weights_get_no_gradient():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.engine.quantized import INTEGERS, PIXEL_LIMIT, QuantizedConvNN, together
+from src.engine.quantized import INTEGERS, PIXEL_LIMIT, QuantizedConvNN, summed_in_16_bits
 from src.models import ConvNN, SmoothClassifier
 from tests.engine.test_native import images_of, trained
 
@@ -11,7 +11,7 @@ SHAPES = [
     {},
     {"channels": (3, 5), "hidden": 6},
     {"channels": (64, 128), "hidden": 32},
-    {"channels": (4, 8), "pooled": True, "thresholds": (0.4, 0.6)},
+    {"channels": (4, 8), "thresholds": (0.4, 0.6)},
 ]
 
 
@@ -54,7 +54,7 @@ def test_no_sum_can_leave_32_bits_and_none_wastes_them(network, precision):
             kernel.flatten(1).abs().amax(1) > 0.99 * torch.iinfo(form.layer(number)[0].dtype).max
         )
         if number > 1 and precision == "int8":
-            in16 = limit * together(kernel).abs().sum(-1).flatten(1).amax(1)
+            in16 = limit * summed_in_16_bits(kernel).abs().sum(-1).flatten(1).amax(1)
             assert in16.max() < 2**15
             near |= in16 > 0.95 * 2**15
         assert near.all()
@@ -64,14 +64,14 @@ def test_what_is_added_up_in_16_bits():
     # Of every word of four weights the first two in one sum, the others in another, of four words
     # each; a row is filled up to 16.
     rows = torch.arange(40).view(1, 40)
-    (first, second), _, (last, empty) = together(rows)[0].tolist()
+    (first, second), _, (last, empty) = summed_in_16_bits(rows)[0].tolist()
     assert first == [0, 1, 4, 5, 8, 9, 12, 13]
     assert second == [2, 3, 6, 7, 10, 11, 14, 15]
     assert last == [32, 33, 36, 37, 0, 0, 0, 0]
     assert empty == [34, 35, 38, 39, 0, 0, 0, 0]
     kernel = torch.arange(2 * 5 * 5).view(1, 2, 5, 5)
     # Inputs last: weights (channel, row, column) 0 0 0, 1 0 0, then 0 0 2, 1 0 2.
-    assert together(kernel)[0, 0, 0, 0].tolist()[:4] == [0, 25, 2, 27]
+    assert summed_in_16_bits(kernel)[0, 0, 0, 0].tolist()[:4] == [0, 25, 2, 27]
 
 
 @pytest.mark.parametrize("precision", INTEGERS)
@@ -130,7 +130,7 @@ def test_a_certificate_in_integers_is_about_the_same_probability():
 
 
 def test_it_follows_the_mode_of_nobody():
-    network = ConvNN((2, 2), pooled=True).train()
+    network = ConvNN((2, 2)).train()
     form = network.inference_form("int16").eval()
     assert network.training
-    assert form.halve is not network.halve
+    assert not {*network.modules()} & {*form.modules()}

@@ -13,13 +13,18 @@ from torch.utils.data import TensorDataset
 from src.attacks import gradient_attack, pgd_attack
 from src.checkpoints import load_checkpoint, save_checkpoint
 from src.checks import check_function
-from src.convnn import ConvNN, evaluation_form
-from src.engine.folded import PRECISIONS
-from src.engine.native import fastest_precision, form_name, voting_form
-from src.engine.untouched import TOLERANCES, agrees, alteration, is_untouched, unwrapped
-from src.models import SmoothClassifier
+from src.engine.forms import common_precision, form_name, voting_form
+from src.engine.parts import PRECISIONS, TOLERANCES
+from src.engine.untouched import (
+    agrees,
+    alteration,
+    evaluation_form,
+    is_untouched,
+    unwrapped,
+)
+from src.models import ConvNN, SmoothClassifier
 from src.robustness.challenge import challenge_certificates
-from src.robustness.fixed_radii import hits_by_stage
+from src.robustness.strongest import hits_by_stage
 from src.robustness.smallest_epsilon import smallest_epsilons
 from src.robustness.strongest import strongest_attack
 from src.robustness.thresholds import ramp_attack
@@ -93,7 +98,8 @@ ALTERATIONS = {
     "forward": override,
     "forward of a child": override_a_child,
     "head": replace_head,
-    "layer": lambda m: setattr(m, "halve", nn.Sequential(nn.Identity())),
+    "layer": lambda m: setattr(m, "conv2", nn.Sequential(m.conv2)),
+    "layer where there is none": lambda m: setattr(m, "hidden", nn.Identity()),
     "layer added": lambda m: setattr(m, "extra", nn.Identity()),
     "activation": lambda m: setattr(m, "norm1", nn.Sequential(m.norm1, nn.Tanh())),
     "epsilon": lambda m: setattr(m.norm1, "eps", 1.0),
@@ -106,7 +112,7 @@ altered = pytest.mark.parametrize("change", ALTERATIONS.values(), ids=ALTERATION
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"hidden": 3}, {"pooled": True}, {"thresholds": (0.4, 0.6)}, {"num_classes": 2}]
+    "options", [{}, {"hidden": 3}, {"thresholds": (0.4, 0.6)}, {"num_classes": 2}]
 )
 def test_a_network_as_it_is_made_is_untouched(options):
     model = network(**options)
@@ -132,7 +138,7 @@ def test_an_altered_network_is_its_own_form_everywhere(change):
     assert torch.equal(smooth.certify(data.tensors[0][:4], n=50).prediction, data.tensors[1][:4])
     assert torch.equal(smooth.predict(images, n=20), model(images).argmax(1))
     assert form_name(model, "float32") == "its own forward pass"
-    assert fastest_precision(model) == fastest_precision(network(), model) == "float32"
+    assert common_precision(model) == common_precision(network(), model) == "float32"
     for call in (model.inference_form, partial(voting_form, model, "float32")):
         with pytest.raises(ValueError, match="Only a ConvNN as it is made has other forms"):
             call()
@@ -208,7 +214,7 @@ def test_the_probe_never_rejects_an_honest_network(precision):
                         norm.running_var.uniform_(0.2, 3)
                     # Logits around zero, so that the bias alone is large.
                     model.output.bias.data -= model(images_of(50)).detach().mean(0)
-                form = voting_form(model, precision, often=False)
+                form = voting_form(model, precision)
                 assert agrees(form, model, precision)
     model.output.bias.data[3] = torch.nan
     if precision in ("float32", "bfloat16"):

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import pgd_attack
-from src.engine.folded import ramp
+from src.engine.parts import ramp
 from src.models import ConvNN
 from src.robustness.apgd import apgd_attack
-from src.robustness.fixed_radii import hits_by_stage
+from src.robustness.strongest import hits_by_stage
 from src.robustness.square import square_attack
 from src.robustness.strongest import strongest_attack, strongest_attack_stages
 from src.robustness.thresholds import nearest_pixels, ramp_attack
