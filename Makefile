@@ -1,8 +1,9 @@
-# make run    the environment, MNIST and the four scripts, in order
-# make test   the environment, lint and tests
-# make reference  the committed models and their certificates again, about thirteen hours on two cores
+# `make help` lists the targets. Variables:
 # PYTHON=     the interpreter that makes the environment (3.11 or newer)
 # TORCH_INDEX= an index of PyTorch builds to take torch and torchvision from (see README)
+# MODEL=      the checkpoint that `referee` and `worst-case` attack
+# BALL=       its ball, where it is not linf 0.3: BALL="--norm l2 --epsilon 2"
+# OUT=        the folder for what is measured again; the committed rows stay as they are
 
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -10,18 +11,25 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+MODEL ?= models/adversarial_training.pt
+BALL ?=
+OUT ?= results
 
-.PHONY: run test reference
+.PHONY: run test reference help referee worst-case cures strongest n-100000 all-images tables \
+  differences
 .DELETE_ON_ERROR:
 
-run: $(VENV)/ready
+run: $(VENV)/ready ## the environment, MNIST and the four scripts (minutes)
 	$(BIN)/python -m src.mnist_files
 	$(BIN)/python main_training.py
 	$(BIN)/python main_adv_training.py
 	$(BIN)/python main_random_smoothing.py
 	$(BIN)/python main_compare.py
 
-test: $(VENV)/ready-to-test
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: $(VENV)/ready-to-test ## the environment, lint and tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m src.mnist_files
@@ -39,7 +47,7 @@ BEST_050 := $(WIDE) --sigma 0.50 --method smoothadv-consistency --consistency 2 
 BEST_100 := $(WIDE) --sigma 1.00 --method confidence
 ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
 
-reference: $(VENV)/ready
+reference: $(VENV)/ready ## the committed models and their certificates again (13 hours on two cores)
 	$(BIN)/python -m src.mnist_files
 	for sigma in 0.25 0.50 1.00; do \
 	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs 100 \
@@ -75,6 +83,39 @@ reference: $(VENV)/ready
 	$(BIN)/python -m benchmarks.published
 	$(BIN)/python -m benchmarks.robust_models
 
+referee: $(VENV)/referee ## AutoAttack and then an attack of ours on MODEL, all test images
+	$(BIN)/python -m benchmarks.autoattack $(MODEL) $(BALL) \
+	  --rows $(OUT)/autoattack_$(basename $(notdir $(MODEL))).csv
+
+worst-case: $(VENV)/ready ## the worst of all our attacks on MODEL, in linf 0.3 and l2 2
+	$(BIN)/python -m benchmarks.worst_case $(MODEL) --every 20 --rows $(OUT)/worst_case_linf.csv
+	$(BIN)/python -m benchmarks.worst_case $(MODEL) --norm l2 --epsilon 2 --every 100 \
+	  --rows $(OUT)/worst_case_l2.csv
+
+cures: $(VENV)/referee ## nine cures of catastrophic overfitting, three seeds each (hours)
+	$(BIN)/python -m benchmarks.cures --rows $(OUT)/cures.csv
+
+strongest: $(VENV)/referee ## our attacks beside AutoAttack; PEER=FILE adds a network of others
+	$(BIN)/python -m benchmarks.strongest --rows $(OUT)/strongest.csv $(if $(PEER),--peer $(PEER))
+
+n-100000: $(VENV)/ready ## the three kinds of model side by side at n = 100,000 (hours)
+	$(BIN)/python main_compare.py --every 40 --n 100000 --precision int16 \
+	  --standard reference/models/standard.pt --smoothed reference/models/smoothing_best_0.50.pt \
+	  --adversarial reference/models/adversarial_single_step.pt --results $(OUT)/n_100000
+
+all-images: $(VENV)/ready ## the best model at sigma 0.25 certified on all 10,000 images (a GPU, or a day)
+	$(BIN)/python main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 1 --sigma 0.25 \
+	  --epochs 60 --method smoothadv-consistency --consistency 2 --optimizer muon --votes bfloat16 \
+	  --every 1 --n 100000 --models reference/models --name smoothing_best_0.25 --resume \
+	  --results $(OUT)/all_images
+
+tables: $(VENV)/ready ## the tables of docs/results.md from the committed rows, and their figures
+	$(BIN)/python -m benchmarks.robust_models
+	$(BIN)/python -m benchmarks.published
+
+differences: $(VENV)/ready ## paired differences to the published rows of others, given as PEERS=FILE
+	$(BIN)/python -m benchmarks.published --peers $(PEERS)
+
 # Written last, so an environment without it was interrupted and is made anew.
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is older than Python 3.11; choose another with PYTHON=")'
@@ -85,4 +126,9 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-to-test: requirements-dev.txt $(VENV)/ready
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# An extra that only AutoAttack needs; without its dependencies, which it never imports.
+$(VENV)/referee: $(VENV)/ready
+	$(PIP) --no-deps torchattacks==3.5.1
 	@touch $@
