@@ -1,6 +1,7 @@
 # `make help` lists the targets. Variables:
 # PYTHON=     the interpreter that makes the environment (3.11 or newer)
 # TORCH_INDEX= an index of PyTorch builds to take torch and torchvision from (see README)
+# NAME=       the model that `model` trains; it goes to models/
 # MODEL=      the checkpoint that `referee` and `worst-case` attack
 # BALL=       its ball, where it is not linf 0.3: BALL="--norm l2 --epsilon 2"
 # OUT=        the folder for what is measured again; the committed rows stay as they are
@@ -15,7 +16,7 @@ MODEL ?= models/adversarial_training.pt
 BALL ?=
 OUT ?= results
 
-.PHONY: run test reference help referee worst-case cures strongest n-100000 all-images tables \
+.PHONY: run test reference help model referee worst-case cures strongest n-100000 all-images tables \
   differences
 .DELETE_ON_ERROR:
 
@@ -35,48 +36,52 @@ test: $(VENV)/ready-to-test ## the environment, lint and tests
 	$(BIN)/python -m src.mnist_files
 	$(BIN)/python -m pytest
 
-# One that was stopped while it certified goes on with its own command and --resume.
-REFERENCE := --models reference/models --results reference/results
-SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 0 \
-  --every 20 --n 100000 $(REFERENCE)
+# What `model` runs for the name before _seed; the number after it is the seed.
+SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --every 20 --n 100000
+# On one GPU: make model NAME=smoothing_best_0.50 TWO=.venv/bin/python
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 --
 # The networks of 32-64 channels; `two_cores` with epochs for 45 minutes, also of busy cores.
-WIDE := $(TWO) $(SMOOTHING) --channels 32 64 --precision bfloat16 --optimizer muon --votes int8
+WIDE := $(TWO) $(SMOOTHING) --shift 0 --channels 32 64 --precision bfloat16 --optimizer muon \
+  --votes int8
 BEST_050 := $(WIDE) --sigma 0.50 --method smoothadv-consistency --consistency 2 --attack-draws 1 \
   --epsilon 0.8 --weight-decay 0.1 --warp 0.1
 BEST_100 := $(WIDE) --sigma 1.00 --method confidence
-ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
+GAUSSIAN := $(BIN)/python $(SMOOTHING) --shift 0 --epochs 100
+RECIPE_smoothing_gaussian_0.25 := $(GAUSSIAN) --sigma 0.25 --votes int16
+RECIPE_smoothing_gaussian_0.50 := $(GAUSSIAN) --sigma 0.50 --votes int16
+RECIPE_smoothing_gaussian_1.00 := $(GAUSSIAN) --sigma 1.00 --votes float32
+RECIPE_smoothing_best_0.25 := $(BIN)/python $(SMOOTHING) --shift 1 --sigma 0.25 --epochs 60 \
+  --method smoothadv-consistency --consistency 2 --optimizer muon --votes int8
+RECIPE_smoothing_best_0.50 := $(BEST_050) --epochs 130
+RECIPE_smoothing_best_1.00 := $(BEST_100) --epochs 110
+RECIPE_smoothing_two_cores_0.50 := $(BEST_050) --epochs 100
+RECIPE_smoothing_two_cores_1.00 := $(BEST_100) --epochs 90
+RECIPE_adversarial_single_step := $(BIN)/python main_adv_training.py
+RECIPE_adversarial_multi_step := $(BIN)/python main_adv_training.py --attack pgd --steps 5 \
+  --channels 32 64 --precision bfloat16 --optimizer muon --epochs 20
+RECIPE_adversarial_l2 := $(BIN)/python main_adv_training.py --norm l2 --attack pgd --steps 7 \
+  --channels 24 48 --optimizer muon --epochs 24
+RECIPE_standard := $(BIN)/python main_training.py
+RECIPE = $(RECIPE_$(firstword $(subst _seed, ,$(NAME))))
+
+# One that was stopped while it certified goes on with its own command and --resume.
+model: $(VENV)/ready ## one committed model again, for example NAME=smoothing_best_0.50_seed1
+	$(or $(RECIPE),$(error NAME=$(NAME) is none of docs/models.md)) \
+	  --seed $(or $(word 2,$(subst _seed, ,$(NAME))),0) --name $(NAME) $(INTO)
+
+REFERENCE := $(foreach sigma,0.25 0.50 1.00,smoothing_gaussian_$(sigma)) \
+  $(foreach seed,"" _seed1 _seed2,smoothing_best_0.25$(seed)) \
+  $(foreach seed,"" _seed1 _seed2,smoothing_best_0.50$(seed) smoothing_best_1.00$(seed)) \
+  smoothing_two_cores_0.50 smoothing_two_cores_1.00 \
+  $(foreach seed,"" _seed1 _seed2,adversarial_single_step$(seed) adversarial_multi_step$(seed)) \
+  adversarial_l2 standard
 
 reference: $(VENV)/ready ## the committed models and their certificates again (13 hours on two cores)
 	$(BIN)/python -m src.mnist_files
-	for sigma in 0.25 0.50 1.00; do \
-	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs 100 \
-	    --votes $$(test $$sigma = 1.00 && echo float32 || echo int16) \
-	    --name smoothing_gaussian_$$sigma || exit 1; \
-	done
-	for seed in 0 1 2; do \
-	  of=; test $$seed = 0 || of=_seed$$seed; \
-	  $(BIN)/python $(SMOOTHING) --sigma 0.25 --epochs 60 --shift 1 --method smoothadv-consistency \
-	    --consistency 2 --optimizer muon --votes int8 --seed $$seed \
-	    --name smoothing_best_0.25$$of || exit 1; \
-	done
-	for seed in 0 1 2; do \
-	  of=; test $$seed = 0 || of=_seed$$seed; \
-	  $(BEST_050) --epochs 130 --seed $$seed --name smoothing_best_0.50$$of || exit 1; \
-	  $(BEST_100) --epochs 110 --seed $$seed --name smoothing_best_1.00$$of || exit 1; \
-	done
-	$(BEST_050) --epochs 100 --name smoothing_two_cores_0.50
-	$(BEST_100) --epochs 90 --name smoothing_two_cores_1.00
-	for seed in 0 1 2; do \
-	  of=; test $$seed = 0 || of=_seed$$seed; \
-	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
-	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
-	    --attack pgd --steps 5 --channels 32 64 --precision bfloat16 --optimizer muon --epochs 20 \
+	for name in $(REFERENCE); do \
+	  $(MAKE) model NAME=$$name INTO="--models reference/models --results reference/results" \
 	    || exit 1; \
 	done
-	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 7 --channels 24 48 \
-	  --optimizer muon --epochs 24
-	$(BIN)/python main_training.py $(REFERENCE) --name standard
 	$(BIN)/python main_compare.py --every 40 --n 100000 --precision int16 \
 	  --standard reference/models/standard.pt --smoothed reference/models/smoothing_best_0.50.pt \
 	  --adversarial reference/models/adversarial_single_step.pt --results reference/results/n_100000

@@ -152,7 +152,7 @@ def complete(args):
 
 def option_parser():
     parser = script_parser(__doc__)
-    # Warps in place of shifts: more held-out images withstood the attack; see reference/README.md.
+    # Warps in place of shifts: more held-out images withstood the attack; see docs/recipes.md.
     training_options(parser, name=NAME, epochs=14, hidden=256, shift=0, warp=0.15)
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
     parser.add_argument(
