@@ -1,8 +1,10 @@
-# make run    the environment, MNIST and the four scripts, in order
-# make test   the environment, lint and tests
-# make reference  the committed models and their certificates again, about thirteen hours on two cores
+# `make help` lists the targets. Variables:
 # PYTHON=     the interpreter that makes the environment (3.11 or newer)
 # TORCH_INDEX= an index of PyTorch builds to take torch and torchvision from (see README)
+# NAME=       the model that `model` trains; it goes to models/
+# MODEL=      the checkpoint that `referee` and `worst-case` attack
+# BALL=       its ball, where it is not linf 0.3: BALL="--norm l2 --epsilon 2"
+# OUT=        the folder for what is measured again; the committed rows stay as they are
 
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -10,70 +12,114 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+MODEL ?= models/adversarial_training.pt
+BALL ?=
+OUT ?= results
 
-.PHONY: run test reference
+.PHONY: run test reference help model referee worst-case cures strongest n-100000 all-images tables \
+  differences
 .DELETE_ON_ERROR:
 
-run: $(VENV)/ready
+run: $(VENV)/ready ## the environment, MNIST and the four scripts (minutes)
 	$(BIN)/python -m src.mnist.files
 	$(BIN)/python main_training.py
 	$(BIN)/python main_adv_training.py
 	$(BIN)/python main_random_smoothing.py
 	$(BIN)/python main_compare.py
 
-test: $(VENV)/ready-to-test
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: $(VENV)/ready-to-test ## the environment, lint and tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m src.mnist.files
 	$(BIN)/python -m pytest
 
-# One that was stopped while it certified goes on with its own command and --resume.
-REFERENCE := --models reference/models --results reference/results
-SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 0 \
-  --every 20 --n 100000 $(REFERENCE)
+# What `model` runs for the name before _seed; the number after it is the seed.
+SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --every 20 --n 100000
+# On one GPU: make model NAME=smoothing_best_0.50 TWO=.venv/bin/python
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 --
 # The networks of 32-64 channels; `two_cores` with epochs for 45 minutes, also of busy cores.
-WIDE := $(TWO) $(SMOOTHING) --channels 32 64 --training-precision bfloat16 --optimizer muon --precision int8
+WIDE := $(TWO) $(SMOOTHING) --shift 0 --channels 32 64 --training-precision bfloat16 \
+  --optimizer muon --precision int8
 BEST_050 := $(WIDE) --sigma 0.50 --method smoothadv-consistency --consistency 2 --attack-draws 1 \
   --epsilon 0.8 --weight-decay 0.1 --warp 0.1
 BEST_100 := $(WIDE) --sigma 1.00 --method confidence
-ADVERSARIAL := $(BIN)/python main_adv_training.py $(REFERENCE)
+GAUSSIAN := $(BIN)/python $(SMOOTHING) --shift 0 --epochs 100
+RECIPE_smoothing_gaussian_0.25 := $(GAUSSIAN) --sigma 0.25 --precision int16
+RECIPE_smoothing_gaussian_0.50 := $(GAUSSIAN) --sigma 0.50 --precision int16
+RECIPE_smoothing_gaussian_1.00 := $(GAUSSIAN) --sigma 1.00 --precision float32
+RECIPE_smoothing_best_0.25 := $(BIN)/python $(SMOOTHING) --shift 1 --sigma 0.25 --epochs 60 \
+  --method smoothadv-consistency --consistency 2 --optimizer muon --precision int8
+RECIPE_smoothing_best_0.50 := $(BEST_050) --epochs 130
+RECIPE_smoothing_best_1.00 := $(BEST_100) --epochs 110
+RECIPE_smoothing_two_cores_0.50 := $(BEST_050) --epochs 100
+RECIPE_smoothing_two_cores_1.00 := $(BEST_100) --epochs 90
+RECIPE_adversarial_single_step := $(BIN)/python main_adv_training.py
+RECIPE_adversarial_multi_step := $(BIN)/python main_adv_training.py --attack pgd --steps 5 \
+  --channels 32 64 --training-precision bfloat16 --optimizer muon --epochs 20
+RECIPE_adversarial_l2 := $(BIN)/python main_adv_training.py --norm l2 --attack pgd --steps 7 \
+  --channels 24 48 --optimizer muon --epochs 24
+RECIPE_standard := $(BIN)/python main_training.py
+RECIPE = $(RECIPE_$(firstword $(subst _seed, ,$(NAME))))
 
-reference: $(VENV)/ready
+# One that was stopped while it certified goes on with its own command and --resume.
+model: $(VENV)/ready ## one committed model again, for example NAME=smoothing_best_0.50_seed1
+	$(or $(RECIPE),$(error NAME=$(NAME) is none of docs/models.md)) \
+	  --seed $(or $(word 2,$(subst _seed, ,$(NAME))),0) --name $(NAME) $(INTO)
+
+REFERENCE := $(foreach sigma,0.25 0.50 1.00,smoothing_gaussian_$(sigma)) \
+  $(foreach seed,"" _seed1 _seed2,smoothing_best_0.25$(seed)) \
+  $(foreach seed,"" _seed1 _seed2,smoothing_best_0.50$(seed) smoothing_best_1.00$(seed)) \
+  smoothing_two_cores_0.50 smoothing_two_cores_1.00 \
+  $(foreach seed,"" _seed1 _seed2,adversarial_single_step$(seed) adversarial_multi_step$(seed)) \
+  adversarial_l2 standard
+
+reference: $(VENV)/ready ## the committed models and their certificates again (13 hours on two cores)
 	$(BIN)/python -m src.mnist.files
-	for sigma in 0.25 0.50 1.00; do \
-	  $(BIN)/python $(SMOOTHING) --sigma $$sigma --epochs 100 \
-	    --precision $$(test $$sigma = 1.00 && echo float32 || echo int16) \
-	    --name smoothing_gaussian_$$sigma || exit 1; \
-	done
-	for seed in 0 1 2; do \
-	  of=; test $$seed = 0 || of=_seed$$seed; \
-	  $(BIN)/python $(SMOOTHING) --sigma 0.25 --epochs 60 --shift 1 --method smoothadv-consistency \
-	    --consistency 2 --optimizer muon --precision int8 --seed $$seed \
-	    --name smoothing_best_0.25$$of || exit 1; \
-	done
-	for seed in 0 1 2; do \
-	  of=; test $$seed = 0 || of=_seed$$seed; \
-	  $(BEST_050) --epochs 130 --seed $$seed --name smoothing_best_0.50$$of || exit 1; \
-	  $(BEST_100) --epochs 110 --seed $$seed --name smoothing_best_1.00$$of || exit 1; \
-	done
-	$(BEST_050) --epochs 100 --name smoothing_two_cores_0.50
-	$(BEST_100) --epochs 90 --name smoothing_two_cores_1.00
-	for seed in 0 1 2; do \
-	  of=; test $$seed = 0 || of=_seed$$seed; \
-	  $(ADVERSARIAL) --seed $$seed --name adversarial_single_step$$of || exit 1; \
-	  $(ADVERSARIAL) --seed $$seed --name adversarial_multi_step$$of \
-	    --attack pgd --steps 5 --channels 32 64 --training-precision bfloat16 --optimizer muon --epochs 20 \
+	for name in $(REFERENCE); do \
+	  $(MAKE) model NAME=$$name INTO="--models reference/models --results reference/results" \
 	    || exit 1; \
 	done
-	$(ADVERSARIAL) --name adversarial_l2 --norm l2 --attack pgd --steps 7 --channels 24 48 \
-	  --optimizer muon --epochs 24
-	$(BIN)/python main_training.py $(REFERENCE) --name standard
 	$(BIN)/python main_compare.py --every 40 --n 100000 --precision int16 \
 	  --standard reference/models/standard.pt --smoothed reference/models/smoothing_best_0.50.pt \
 	  --adversarial reference/models/adversarial_single_step.pt --results reference/results/n_100000
 	$(BIN)/python -m benchmarks.published
 	$(BIN)/python -m benchmarks.robust_models
+
+referee: $(VENV)/referee ## AutoAttack and then an attack of ours on MODEL, all test images
+	$(BIN)/python -m benchmarks.autoattack $(MODEL) $(BALL) \
+	  --rows $(OUT)/autoattack_$(basename $(notdir $(MODEL))).csv
+
+worst-case: $(VENV)/ready ## the worst of all our attacks on MODEL, in linf 0.3 and l2 2
+	$(BIN)/python -m benchmarks.worst_case $(MODEL) --every 20 --rows $(OUT)/worst_case_linf.csv
+	$(BIN)/python -m benchmarks.worst_case $(MODEL) --norm l2 --epsilon 2 --every 100 \
+	  --rows $(OUT)/worst_case_l2.csv
+
+cures: $(VENV)/referee ## nine cures of catastrophic overfitting, three seeds each (hours)
+	$(BIN)/python -m benchmarks.cures --rows $(OUT)/cures.csv
+
+strongest: $(VENV)/referee ## our attacks beside AutoAttack; PEER=FILE adds a network of others
+	$(BIN)/python -m benchmarks.strongest --rows $(OUT)/strongest.csv $(if $(PEER),--peer $(PEER))
+
+n-100000: $(VENV)/ready ## the three kinds of model side by side at n = 100,000 (hours)
+	$(BIN)/python main_compare.py --every 40 --n 100000 --precision int16 \
+	  --standard reference/models/standard.pt --smoothed reference/models/smoothing_best_0.50.pt \
+	  --adversarial reference/models/adversarial_single_step.pt --results $(OUT)/n_100000
+
+all-images: $(VENV)/ready ## the best model at sigma 0.25 certified on all 10,000 images (a GPU, or a day)
+	$(BIN)/python main_random_smoothing.py --hidden 256 --learning-rate 0.005 --shift 1 --sigma 0.25 \
+	  --epochs 60 --method smoothadv-consistency --consistency 2 --optimizer muon \
+	  --precision bfloat16 --every 1 --n 100000 --models reference/models --name smoothing_best_0.25 --resume \
+	  --results $(OUT)/all_images
+
+tables: $(VENV)/ready ## the tables of docs/results.md from the committed rows, and their figures
+	$(BIN)/python -m benchmarks.robust_models
+	$(BIN)/python -m benchmarks.published
+
+differences: $(VENV)/ready ## paired differences to the published rows of others, given as PEERS=FILE
+	$(BIN)/python -m benchmarks.published --peers $(PEERS)
 
 # Written last, so an environment without it was interrupted and is made anew.
 $(VENV)/ready: requirements.txt
@@ -85,4 +131,9 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-to-test: requirements-dev.txt $(VENV)/ready
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# An extra that only AutoAttack needs; without its dependencies, which it never imports.
+$(VENV)/referee: $(VENV)/ready
+	$(PIP) --no-deps torchattacks==3.5.1
 	@touch $@

@@ -27,7 +27,11 @@ from src.utils import load_mnist, seed_everything, spread
 EPSILON = 0.3
 NETWORKS = {
     "16-32, default": {"channels": (16, 32)},
-    "16-32, ramp, hidden 100": {"channels": (16, 32), "hidden": 100, "thresholds": (0.4, 0.6)},
+    "16-32, thresholds, hidden 100": {
+        "channels": (16, 32),
+        "hidden": 100,
+        "thresholds": (0.4, 0.6),
+    },
     "16-32, pooled": {"channels": (16, 32), "pooled": True},
 }
 

@@ -180,9 +180,11 @@ def cure_lines(rows) -> str:
         )
         clean = statistics.mean(100 * float(row["clean"]) for row in own)
         step = statistics.mean(100 * float(row["single_step"]) for row in own)
+        # Rows call two things "ramp": the warmup of the ball, and the thresholds of the pixels.
+        shown = cure.replace("epsilon ramp", "warmup").replace("threshold ramp", "thresholds")
         lines.append(
             (
-                cure,
+                shown,
                 f"{clean:.2f}",
                 f"{step:.1f}",
                 ours,

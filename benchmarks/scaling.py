@@ -17,7 +17,7 @@ import time
 import torch
 
 from src.models import ConvNN, SmoothClassifier
-from src.optimisation.processes import process_group, process_count, rank, wait_for_all
+from src.optimisation.processes import process_count, process_group, rank, wait_for_all
 from src.utils import load_mnist, seed_everything
 
 

@@ -11,9 +11,8 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from src.attacks import attack_dataset, gradient_attack, pgd_attack, random_start_attack
-from src.verdicts import Worst
 from src.checks import predicted
-from src.methods.adversarial import held_out_watch
+from src.methods.adversarial import held_out_watch, trades_loss
 from src.methods.smoothing import smoothing_loss
 from src.models import ConvNN, SmoothClassifier
 from src.robustness.apgd import apgd_attack
@@ -21,12 +20,10 @@ from src.robustness.challenge import challenge_certificates, smoothed_attack
 from src.robustness.checklist import evaluation_warnings
 from src.robustness.few_pixels import few_pixels_attack
 from src.robustness.fixed_radii import attack_hits
-from src.robustness.strongest import hits_by_stage
 from src.robustness.noise import random_noise, random_search
 from src.robustness.smallest_epsilon import smallest_epsilons
 from src.robustness.square import square_attack
-from src.robustness.strongest import strongest_attack
-from src.methods.adversarial import trades_loss
+from src.robustness.strongest import hits_by_stage, strongest_attack
 from src.training_and_evaluation import (
     accuracy,
     correct,
@@ -34,6 +31,7 @@ from src.training_and_evaluation import (
     standard_loss,
     train_model,
 )
+from src.verdicts import Worst
 from tests.attack_helpers import equal, random_batch, snapshot
 from tests.helpers import halves, linear
 

@@ -12,6 +12,7 @@ from torch import nn
 from src.certification import (
     certified_radius,
     lower_confidence_bound,
+    required_probability,
     two_sided_bounds,
     two_sided_radius,
 )

@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
 from src.engine.untouched import evaluation_form
+from src.methods.adversarial import trades_loss
 from src.models import ConvNN
 from src.optimisation.augmentation import random_shift, random_warp, shuffled
-from src.methods.adversarial import trades_loss
 from src.training_and_evaluation import accuracy, adversarial_loss, standard_loss, train_model
 from src.utils import progress_bar
 from tests.helpers import halves, linear

@@ -22,7 +22,7 @@ METHODS = {
     "smoothadv": {"draws": 2, "attack_draws": 2, "epsilon": 1.0},
 }
 METHODS["smoothadv-consistency"] = METHODS["smoothadv"] | {"consistency": 3.0, "entropy": 0.5}
-# The last one, its images weighted by confidence; see reference/README.md.
+# The last one, its images weighted by confidence; see docs/recipes.md.
 METHODS["confidence"] = METHODS["smoothadv-consistency"] | {"consistency": 2.0, "confidence": 0.2}
 
 

@@ -24,9 +24,8 @@ from src.engine.untouched import (
 )
 from src.models import ConvNN, SmoothClassifier
 from src.robustness.challenge import challenge_certificates
-from src.robustness.strongest import hits_by_stage
 from src.robustness.smallest_epsilon import smallest_epsilons
-from src.robustness.strongest import strongest_attack
+from src.robustness.strongest import hits_by_stage, strongest_attack
 from src.robustness.thresholds import ramp_attack
 from src.training_and_evaluation import accuracy
 

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from src.certification import certified_radius, lower_confidence_bound, two_sided_bounds, two_sided_radius
+from src.certification import (
+    certified_radius,
+    lower_confidence_bound,
+    two_sided_bounds,
+    two_sided_radius,
+)
 from src.records.__main__ import main
 from src.records.merging import merge
 from src.records.recording import record_certificates

@@ -12,9 +12,8 @@ from src.attacks import pgd_attack
 from src.engine.parts import ramp
 from src.models import ConvNN
 from src.robustness.apgd import apgd_attack
-from src.robustness.strongest import hits_by_stage
 from src.robustness.square import square_attack
-from src.robustness.strongest import strongest_attack, strongest_attack_stages
+from src.robustness.strongest import hits_by_stage, strongest_attack, strongest_attack_stages
 from src.robustness.thresholds import nearest_pixels, ramp_attack
 from tests.attack_helpers import (
     Linear,
