@@ -10,15 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from src.checkpoints import save_checkpoint
-from src.command_line import (
-    count,
-    number,
-    parse,
-    reserved,
-    run,
-    script_parser,
-    training_options,
-)
+from src.command_line import count, number, parse, reserved, run, script_parser, training_options
 from src.methods.adversarial import (
     collapsed_epochs,
     held_out_watch,
@@ -29,7 +21,7 @@ from src.methods.adversarial import (
 from src.models import ConvNN
 from src.optimisation.processes import is_main, own_seed
 from src.provenance import provenance
-from src.reports.one_model import report_attacks
+from src.reports.one_model import figure_title, report_attacks
 from src.reports.plotting import plot_held_out_robustness, plot_training
 from src.robustness.fixed_radii import radii_with
 from src.training_and_evaluation import accuracy, adversarial_loss, train_model
@@ -61,14 +53,15 @@ def main(argv=None):
 def report(model, history, test, args, facts):
     """Save the model, then draw, evaluate and write what is known of it."""
     path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
-    report_training(history, Path(args.figures) / args.name)
+    title = figure_title(args.name, TITLE, NAME)
+    report_training(history, Path(args.figures) / args.name, title)
     test_accuracy = accuracy(model, test)
     print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
     report_attacks(
         model,
         test,
         name=args.name,
-        title=TITLE,
+        title=title,
         figures=args.figures,
         results=args.results,
         facts=facts | {"test_accuracy": test_accuracy, "epochs": history["epochs"]},
@@ -115,7 +108,7 @@ def loss_schedule(args):
     return ramped_adversarial_loss(attack, args.epsilon, loss=loss)
 
 
-def report_training(history, stem):
+def report_training(history, stem, title):
     """Say whether the training collapsed, and draw its curves to files that begin with `stem`."""
     collapsed = collapsed_epochs(history["epochs"])
     if collapsed:
@@ -124,9 +117,9 @@ def report_training(history, stem):
             "single step, not the ball. Try --attack pgd, a smaller --epsilon or fewer --epochs."
         )
     print(f"Kept epoch {history['best_epoch']}, the best under PGD on held-out training images")
-    plot_training(history, f"{stem}_curves.png", TITLE, held_out="held out, not attacked")
+    plot_training(history, f"{stem}_curves.png", title, held_out="held out, not attacked")
     plot_held_out_robustness(
-        history, f"{stem}_held_out.png", f"{TITLE}: held-out images", collapsed
+        history, f"{stem}_held_out.png", f"{title}: held-out images", collapsed
     )
 
 

@@ -8,15 +8,7 @@ results/comparison_smallest_epsilons.csv and figures.
 from pathlib import Path
 
 from src.certification import minimum_successes
-from src.command_line import (
-    count,
-    number,
-    parse,
-    run,
-    script_parser,
-    share,
-    when_interrupted,
-)
+from src.command_line import count, number, parse, run, script_parser, share, when_interrupted
 from src.engine.forms import common_precision
 from src.engine.parts import PRECISIONS
 from src.files import lock_file

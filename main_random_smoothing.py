@@ -25,7 +25,7 @@ from src.methods.smoothing import METHODS, ramped_smoothing_loss
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import from_main, is_main
 from src.provenance import provenance
-from src.reports.one_model import report_smoothing
+from src.reports.one_model import figure_title, report_smoothing
 from src.reports.plotting import plot_training
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything
@@ -68,7 +68,8 @@ def save(path, smooth, history, args, facts):
     save_checkpoint(path, smooth.base_classifier, **facts)
     print(f"Saved {path}")
     curves = Path(args.figures) / f"{args.name}_curves.png"
-    plot_training(history, curves, f"{TITLE}, sigma = {args.sigma:g}")
+    title = figure_title(args.name, TITLE, NAME)
+    plot_training(history, curves, f"{title}, $\\sigma$ = {args.sigma:g}")
 
 
 def report(smooth, test, args, facts, *, resume):
@@ -77,7 +78,7 @@ def report(smooth, test, args, facts, *, resume):
         smooth,
         test,
         name=args.name,
-        title=TITLE,
+        title=figure_title(args.name, TITLE, NAME),
         figures=Path(args.figures),
         results=Path(args.results),
         facts=facts,

@@ -11,7 +11,7 @@ from src.command_line import parse, reserved, run, script_parser, training_optio
 from src.models import ConvNN
 from src.optimisation.processes import is_main
 from src.provenance import provenance
-from src.reports.one_model import report_attacks
+from src.reports.one_model import figure_title, report_attacks
 from src.reports.plotting import plot_training
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything
@@ -54,14 +54,15 @@ def main(argv=None):
 def report(model, history, test, args, facts):
     """Save the model, then draw, evaluate and write what is known of it."""
     path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
-    plot_training(history, Path(args.figures) / f"{args.name}_curves.png", TITLE)
+    title = figure_title(args.name, TITLE, NAME)
+    plot_training(history, Path(args.figures) / f"{args.name}_curves.png", title)
     test_accuracy = accuracy(model, test)
     print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
     report_attacks(
         model,
         test,
         name=args.name,
-        title=TITLE,
+        title=title,
         figures=args.figures,
         results=args.results,
         facts=facts | {"test_accuracy": test_accuracy},

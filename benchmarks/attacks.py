@@ -32,7 +32,6 @@ NETWORKS = {
         "hidden": 100,
         "thresholds": (0.4, 0.6),
     },
-    "16-32, pooled": {"channels": (16, 32), "pooled": True},
 }
 
 

@@ -3,8 +3,8 @@
 The textbook loop takes one image at a time through the unchanged network in float32: batches of
 400 copies, torch.randn, argmax, counts. The limit is what the machine could do if arithmetic ran
 at the rate of its best matrix product and noise were drawn at the rate of torch's generator, on
-all cores, one after the other on each; integers of 16 bits may go beyond it. Float32 and the
-fastest precision alternate with the textbook in one run; medians are printed.
+all cores, one after the other on each; integers of 8 bits may go beyond it. Votes in float32 and
+in int8 alternate with the textbook in one run; medians are printed.
 
 Run: python -m benchmarks.certification
 """
@@ -18,7 +18,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from src.engine.forms import fastest_precision
 from src.engine.votes import single_threaded_workers
 from src.models import ConvNN, SmoothClassifier
 from src.utils import load_mnist, seed_everything
@@ -27,8 +26,8 @@ NETWORKS = {
     "16-32, default": {"channels": (16, 32)},
     "32-64": {"channels": (32, 64)},
     "32-64, hidden 256": {"channels": (32, 64), "hidden": 256},
-    "16-32, pooled": {"channels": (16, 32), "pooled": True},
 }
+PRECISIONS = ("float32", "int8")
 
 
 def textbook(network, image, sigma, n0, n, batch=400):
@@ -49,9 +48,7 @@ def textbook(network, image, sigma, n0, n, batch=400):
 def operations(network):
     """Floating-point operations of one image, a multiplication and an addition each."""
     linear = sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear))
-    first, second = (28, 14) if network.config.get("pooled") else (14, 7)
-    convolutions = first**2 * network.conv1.weight.numel()
-    convolutions += second**2 * network.conv2.weight.numel()
+    convolutions = 14**2 * network.conv1.weight.numel() + 7**2 * network.conv2.weight.numel()
     return 2 * (linear + convolutions)
 
 
@@ -100,16 +97,15 @@ def main():
     for name, options in NETWORKS.items():
         seed_everything(0)
         network = ConvNN(**options).eval()
-        precisions = dict.fromkeys(("float32", fastest_precision(network)))
         ways = {"textbook": partial(textbook, network, image[0], 0.5, 100, args.n)}
-        for precision in precisions:
+        for precision in PRECISIONS:
             smooth = SmoothClassifier(network, 0.5, precision=precision)
             ways[precision] = partial(smooth.certify, image, 100, args.n)
         times = [{way: seconds(call) for way, call in ways.items()} for _ in range(args.repeat + 1)]
         # The first round prepares what the others use.
         rates = {way: (args.n + 100) / statistics.median(t[way] for t in times[1:]) for way in ways}
         limit = 1 / (operations(network) / max(matrix.values()) + 1 / normals)
-        for precision in precisions:
+        for precision in PRECISIONS:
             ratio = statistics.median(t["textbook"] / t[precision] for t in times[1:])
             print(
                 f"{name:18s} textbook {rates['textbook']:7,.0f}/s, here {rates[precision]:7,.0f}/s "

@@ -5,7 +5,7 @@ overfitting). Each cure trains the same ConvNN (16-32, hidden layer of 100) with
 an update, l-infinity, epsilon = 0.3, and ends with its last epoch, so that a collapse shows; only
 "best epoch" picks the epoch by PGD on held-out training images, as main_adv_training.py
 does. The judges, on the first --images of the test images 0, 20, 40, ..., are the strongest attack
-of src/strong_attacks.py and then, on what that one left, AutoAttack (benchmarks/autoattack.py says
+of src.robustness and then, on what that one left, AutoAttack (benchmarks/autoattack.py says
 what it needs): the referee, per image the worst of both. A row is written to --rows as soon as it
 is finished; rows that are there are not made again. Each of the --processes trains and judges one
 network at a time with one thread; `seconds` are those that its processor spent on the training.

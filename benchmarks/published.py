@@ -5,6 +5,7 @@ Published certified accuracies are in reference/published_certificates.csv, coun
 2020), SmoothMix (NeurIPS 2021) and CAT-RS (AAAI 2023) publish, caps of the radii restored. Prints a
 table for each sigma and set of images (ours of all images are in reference/results/all_images), the
 distribution of p_A's lower bounds, and draws the 500 to reference/figures/published_<sigma>.png.
+The committed certificates of main_compare.py are drawn beside them, to the figures of COMPARISONS.
 
 With --peers, a file of those per-image rows (tab-separated: dataset, sigma, method, idx, label,
 predict, radius, correct), it also writes the differences of the average certified radius on the
@@ -24,6 +25,8 @@ import numpy as np
 
 from src.certification.intervals import paired_difference_interval
 from src.records.rows import read_rows, write_rows
+from src.records.twins import read_twin
+from src.reports.comparison import MODELS, certificates_path
 from src.reports.plotting import plot_certified_accuracy
 from src.reports.tables import format_table, summarise
 
@@ -34,6 +37,11 @@ DRAWN = ("here, gaussian", "here, best")
 SIGMAS = (0.25, 0.5, 1.0)
 # Folder of certificates of so many images.
 FOLDERS = {500: Path("results"), 10_000: Path("results/all_images")}
+# Figure -> the folder of the certificates of the three models of main_compare.py.
+COMPARISONS = {
+    "comparison_certified_accuracy": Path("results"),
+    "certified_accuracy_n_100000": Path("results/n_100000"),
+}
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 
@@ -168,6 +176,24 @@ def mean_radii(runs: Iterable[Sequence[Mapping]]) -> list[float]:
     ]
 
 
+def draw_comparisons() -> None:
+    """Draw the certified accuracies of the three models out of their committed rows."""
+    for name, folder in COMPARISONS.items():
+        paths = [certificates_path(REFERENCE / folder, model) for model in MODELS]
+        rows = dict(zip(MODELS, map(read_rows, paths), strict=True))
+        first = rows["smoothed"][0]
+        plot_certified_accuracy(
+            rows,
+            REFERENCE / "figures" / f"{name}.png",
+            f"Certified accuracy: $\\sigma$ = {float(first['sigma']):g}, "
+            f"{len(rows['smoothed'])} test images, n = {int(first['n']):,}",
+            clean={
+                model: read_twin(path.with_suffix(".json"))["facts"]["clean_accuracy"]
+                for model, path in zip(MODELS, paths, strict=True)
+            },
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--peers", type=Path, help="the published per-image rows, .tsv or .tsv.gz")
@@ -188,6 +214,7 @@ def main():
             f"Certified accuracy, $\\sigma$ = {sigma:g}, 500 test images, n = 100,000",
             published={name: method["curve"] for name, method in published.items()},
         )
+    draw_comparisons()
     print(bound_lines(REFERENCE / "results") + "\n")
     path = REFERENCE / "results" / "published_differences.csv"
     if path.exists():

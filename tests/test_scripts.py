@@ -101,9 +101,23 @@ def test_json_twin_keeps_what_the_checklist_found(finished):
 def test_attack_rows_count_images(finished):
     rows = read_rows(finished / "results" / "standard_training_attacks.csv")
     table = [row for row in rows if row["part"] == "table"]
-    # Clean, and two attacks at each of five radii.
-    assert len(table) == 11
+    # Clean, and two attacks and the worst known at each of five radii.
+    assert len(table) == 16
     assert all(int(r["correct"]) <= int(r["images"]) == 100 for r in table)
+
+
+@pytest.mark.parametrize("name", ["standard_training", "adversarial_training", "comparison"])
+def test_no_number_shown_was_refuted_by_its_own_run(finished, name):
+    rows = read_rows(finished / "results" / f"{name}_attacks.csv")
+    key = ("part", "model", "norm", "epsilon")
+    worst = {
+        tuple(row.get(k) for k in key): int(row["correct"])
+        for row in rows
+        if row["attack"] == "worst known"
+    }
+    attacked = [row for row in rows if row["norm"]]
+    assert len(worst) == len({tuple(row.get(k) for k in key) for row in attacked})
+    assert all(worst[tuple(row.get(k) for k in key)] <= int(row["correct"]) for row in attacked)
 
 
 @pytest.mark.parametrize("name", ["standard_training", "adversarial_training", "comparison"])
@@ -111,9 +125,12 @@ def test_curves_are_those_of_the_smallest_epsilons(finished, name):
     smallest = read_rows(finished / "results" / f"{name}_smallest_epsilons.csv")
     rows = read_rows(finished / "results" / f"{name}_attacks.csv")
     curve = [row for row in rows if row["part"] == "curve"]
-    assert len(curve) == 21 * (3 if name == "comparison" else 1)
+    # 21 radii, for PGD alone and for the worst known.
+    assert len(curve) == 2 * 21 * (3 if name == "comparison" else 1)
     for row in curve:
-        found = [s for s in smallest if all(s.get(k) == row.get(k) for k in ("norm", "model"))]
+        found = [
+            s for s in smallest if all(s.get(k) == row.get(k) for k in ("norm", "model", "attack"))
+        ]
         assert len(found) == int(row["images"]) == (10 if name == "comparison" else 50)
         standing = [s for s in found if float(s["smallest_epsilon"]) > float(row["epsilon"])]
         assert len(standing) == int(row["correct"])

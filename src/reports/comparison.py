@@ -228,12 +228,14 @@ def report_comparison(
     print("\n" + certificate_lines(certificates, radii))
     print("\n" + population_lines(certificates, radii[2::2]))
     figures = Path(figures)
+    clean = {name: found["table"][0]["accuracy"] for name, found in evaluations.items()}
     first = next(iter(certificates.values()))
     setting = f"$\\sigma$ = {sigma:g}, {len(first)} test images, n = {int(first[0]['n']):,}"
     plot_certified_accuracy(
         certificates,
         figures / "comparison_certified_accuracy.png",
         f"Certified accuracy: {setting}",
+        clean=clean,
     )
     plot_p_lower(certificates, figures / "comparison_p_lower.png", f"Lower bounds: {setting}")
     plot_gallery(
@@ -269,7 +271,7 @@ def _report_attacks(
     plot_accuracy_against_epsilon(
         of_all("curve"),
         figures / "comparison_accuracy_against_epsilon.png",
-        f"Accuracy under {smallest[0]['attack']}",
+        "Accuracy under the worst attack known",
         warnings=[
             f"{name}, {text}" for name in warnings for text in short_warnings(warnings[name])
         ],

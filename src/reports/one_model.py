@@ -29,6 +29,12 @@ from src.training_and_evaluation import accuracy
 from src.utils import spread, spread_indices, subset
 
 
+def figure_title(name: str, words: str, default: str) -> str:
+    """What a run of this `--name` is called: in `words` if it is the default, else its name."""
+    # A pair of dollar signs would be read as mathematics, and seldom be any.
+    return words if name == default else name.replace("$", r"\$")
+
+
 def report_attacks(
     model: nn.Module,
     test: TensorDataset,
@@ -78,7 +84,7 @@ def report_attacks(
     write_json(results / f"{name}_attacks.json", {**facts, "warnings": found["warnings"]})
     write_rows(results / f"{name}_smallest_epsilons.csv", smallest)
     plot_accuracy_against_epsilon(
-        {smallest[0]["attack"]: found["curve"]},
+        {title: found["curve"]},
         figures / f"{name}_accuracy_against_epsilon.png",
         f"{title} under attack",
         warnings=short_warnings(found["warnings"]),
@@ -177,12 +183,12 @@ def report_smoothing(
         {title: rows},
         Path(figures) / f"{name}_certified_accuracy.png",
         f"{title}, $\\sigma$ = {smooth.sigma:g}: {len(rows)} test images, n = {n:,}",
+        clean={title: clean},
     )
     plot_gallery(
         *_noisy_gallery(smooth, test, seed),
         path=Path(figures) / f"{name}_noisy_digits.png",
-        title=f"The same digits under noise, as the network trained at $\\sigma$ = "
-        f"{smooth.sigma:g} sees them",
+        title=f"{title}, trained at $\\sigma$ = {smooth.sigma:g}: the same digits under noise",
     )
 
 

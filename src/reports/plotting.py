@@ -8,10 +8,12 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from scipy import special
 
+from src.certification.bounds import maximum_radius
 from src.certification.intervals import accuracy_interval
 from src.files import whole_file
 
@@ -20,6 +22,7 @@ from src.files import whole_file
 _BACKEND = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 import matplotlib as mpl  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 if _BACKEND is not None:
     os.environ["MPLBACKEND"] = _BACKEND
@@ -30,6 +33,17 @@ if _BACKEND is not None:
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
 ALARM = "#C00000"
 CYCLE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9")
+# Those of published curves: colour, dashes, marker.
+_OTHERS = (
+    (GREEN, (0, (1, 1)), "o"),
+    ("#CC79A7", (0, (5, 1)), "s"),
+    ("black", (0, (3, 1, 1, 1)), "D"),
+    (ORANGE, (0, (5, 2)), "^"),
+    ("#56B4E9", (0, (2, 1)), "v"),
+)
+_SMALL = {"color": GREY, "fontsize": 8}
+# The attack of rows that hold the worst of all attacks (`src.robustness.WORST_KNOWN`; no torch).
+WORST = "worst known"
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -112,9 +126,12 @@ def plot_accuracy_against_epsilon(
 ) -> None:
     """Accuracy against the radius of the attack, a panel a norm, with 95 % intervals.
 
+    Of rows of several attacks the worst known ones are drawn solid, the others dashed where they
+    differ from them.
+
     Args:
-        curves: name of the curve -> rows with `norm`, `epsilon`, `correct`, `images`. Names
-            of the form "model, attack" share a colour by model and a line style by attack.
+        curves: name of the model -> rows with `norm`, `epsilon`, `correct`, `images` and, if of
+            several attacks, `attack`.
         path: image file to write.
         title: of the figure.
         warnings: reasons not to believe it, written in red beneath the panels.
@@ -123,34 +140,27 @@ def plot_accuracy_against_epsilon(
         text = textwrap.fill("warning: " + "; ".join(warnings), 130) if warnings else ""
         # The panels keep their height, whatever is written beneath them.
         figure = Figure(figsize=(10, 3.9 + 0.2 * len(text.splitlines())), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        groups = list(dict.fromkeys(name.split(", ")[0] for name in curves))
-        dashes = list(dict.fromkeys(name.partition(", ")[2] for name in curves))
+        panels, handles = figure.subplots(1, 2, sharey=True), {}
         for axes, norm in zip(panels, ("linf", "l2"), strict=True):
-            for name, rows in curves.items():
-                rows = [row for row in rows if row["norm"] == norm]
-                style = {
-                    "color": CYCLE[groups.index(name.split(", ")[0])],
-                    "ls": ("-", "--", ":")[dashes.index(name.partition(", ")[2])],
-                }
-                _plot_proportions(axes, rows, style, name)
+            for color, (name, rows) in zip(CYCLE, curves.items(), strict=False):
+                worst, others = _by_attack([row for row in rows if row["norm"] == norm])
+                handles |= {name: _plot_proportions(axes, worst, color, name)}
+                for attack, rows_of_attack in others.items():
+                    _plot_alone(axes, rows_of_attack, color)
+                    dashed = Line2D([], [], color="black", ls="--", lw=1)
+                    handles |= {WORST: Line2D([], [], color="black"), attack: dashed}
             axes.axhline(0.1, color=GREY, ls=":", lw=1)
-            axes.annotate(
-                "chance",
-                (1, 0.1),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                color=GREY,
-            )
+            at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            axes.annotate("chance", (1, 0.1), **at, **_SMALL)
             label = {"linf": "$\\ell_\\infty$", "l2": "$\\ell_2$"}[norm]
             axes.set(
                 xlabel=f"radius $\\epsilon$ of the attack, {label}", ylim=(0, 1.02), xlim=(0, None)
             )
         panels[0].set_ylabel("accuracy")
-        handles, labels = panels[0].get_legend_handles_labels()
-        # Below the panels: robust models keep their curves where a legend would stand.
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        # Models first. Below the panels: robust models keep their curves where a legend would be.
+        labels = sorted(handles, key=lambda name: name not in curves)
+        lines = [handles[name] for name in labels]
+        legend = figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
         # As the title of the legend it moves with it, and can cover nothing.
         legend.set_title(text, {"size": 8})
         legend.get_title().set(color=ALARM, multialignment="center")
@@ -158,37 +168,65 @@ def plot_accuracy_against_epsilon(
         _save(figure, path)
 
 
-def _plot_proportions(axes, rows, style, label) -> None:
-    """A curve of accuracy with its band over the radii of `rows`."""
-    epsilon = [row["epsilon"] for row in rows]
-    hits = np.array([row["correct"] for row in rows])
-    images = np.array([row["images"] for row in rows])
-    axes.plot(epsilon, hits / images, "o", ms=3, label=label, **style | {"ls": style["ls"]})
-    axes.fill_between(
-        epsilon, *accuracy_interval(hits, images), alpha=0.15, lw=0, color=style["color"]
+def _by_attack(rows: Sequence[Mapping]) -> tuple[list[Mapping], dict[str, list[Mapping]]]:
+    """The rows of the worst known points, or of the only attack, and of attacks that differ."""
+    attacks: dict[str, list[Mapping]] = {}
+    for row in rows:
+        attacks.setdefault(row.get("attack", ""), []).append(row)
+    worst = attacks.pop(WORST) if WORST in attacks else attacks.popitem()[1] if attacks else []
+    hits = [row["correct"] for row in worst]
+    return worst, {
+        attack: found
+        for attack, found in attacks.items()
+        if [row["correct"] for row in found] != hits
+    }
+
+
+def _columns(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Radii, images still right, and images, of rows that may have been read from a file."""
+    return tuple(
+        np.array([float(row[name]) for row in rows]) for name in ("epsilon", "correct", "images")
     )
+
+
+def _plot_proportions(axes, rows: Sequence[Mapping], color: str, label: str) -> Line2D:
+    """A curve of accuracy with its band over the radii of `rows`."""
+    epsilon, hits, images = _columns(rows)
+    (line,) = axes.plot(epsilon, hits / images, "o-", ms=3, label=label, color=color)
+    axes.fill_between(epsilon, *accuracy_interval(hits, images), alpha=0.15, lw=0, color=color)
+    return line
+
+
+def _plot_alone(axes, rows: Sequence[Mapping], color: str) -> None:
+    epsilon, hits, images = _columns(rows)
+    axes.plot(epsilon, hits / images, "--", lw=1, color=color, zorder=1.5)
 
 
 def plot_certified_accuracy(
     rows_by_model: Mapping[str, Sequence[Mapping]],
     path: str | os.PathLike,
-    title: str,
+    title: str = "",
     *,
+    clean: Mapping[str, float] | None = None,
     published: Mapping[str, Mapping[float, float]] | None = None,
 ) -> None:
     """Certified accuracy against the l2 radius, one step curve a model with its 95 % band.
 
+    Where the rows say how they were made, the largest radius that they can give is dotted.
+
     Args:
-        rows_by_model: name -> result rows, of which `correct` and `radius` are read.
+        rows_by_model: name -> result rows, made or read from a file, of which `correct` and
+            `radius` are read, and `sigma`, `n` and `alpha` if they are there.
         path: image file to write.
         title: of the figure.
-        published: method -> {radius: certified accuracy} of others, drawn as points.
+        clean: name -> accuracy of the base classifier without noise, dotted.
+        published: method -> {radius: certified accuracy} of others, drawn through its points.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.8, 4.2), layout="constrained")
-        axes = figure.subplots()
-        largest = max(float(row["radius"]) for rows in rows_by_model.values() for row in rows)
-        at = np.linspace(0, max(largest, 1e-3) * 1.05, 500)
+        axes, caps = figure.subplots(), largest_radii(rows_by_model.values())
+        radii = [float(row["radius"]) for rows in rows_by_model.values() for row in rows]
+        at = np.linspace(0, max(*radii, *caps, 1e-3) * 1.05, 500)
         for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
             # Sorted radii of the images counted; those that abstain or are wrong never count.
             radii = np.sort([float(row["radius"]) for row in rows if int(row["correct"])])
@@ -196,16 +234,31 @@ def plot_certified_accuracy(
             low, high = accuracy_interval(hits, len(rows))
             axes.plot(at, hits / len(rows), color=color, label=name)
             axes.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
-        for marker, (name, curve) in zip("osD^vP*X", (published or {}).items(), strict=False):
-            points = zip(*curve.items(), strict=True)
-            axes.plot(*points, marker, ms=5, mfc="none", color=GREY, label=name)
-        # Points of others that all lie high would be one smear on an axis from zero.
+            if name in (clean or {}):
+                axes.axhline(clean[name], color=color, ls=":", lw=1)
+        if clean:
+            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            place |= {"xytext": (0, 3), "textcoords": "offset points"}
+            axes.annotate("clean, no noise", (0.9, max(clean.values())), **place, **_SMALL)
+        _dotted(axes, caps, "largest possible")
+        others = zip(_OTHERS, (published or {}).items(), strict=False)
+        for (color, dashes, marker), (name, curve) in others:
+            axes.plot(
+                *zip(*curve.items(), strict=True),
+                marker=marker,
+                ms=3,
+                lw=1,
+                ls=dashes,
+                color=color,
+                label=name,
+            )
+        # Curves of others that all lie high would be one smear on an axis from zero.
         shares = [share for curve in (published or {}).values() for share in curve.values()]
         bottom = max(math.floor(10 * min(shares, default=0) - 0.5) / 10, 0)
         axes.set(
             xlabel="certified radius, $\\ell_2$ in pixel units",
             ylabel="certified accuracy",
-            ylim=(bottom, 1 + 0.02 * (1 - bottom)),
+            ylim=(bottom, 1 + (0.06 if clean else 0.02) * (1 - bottom)),
             xlim=(0, at[-1]),
             title=title,
         )
@@ -213,28 +266,60 @@ def plot_certified_accuracy(
         _save(figure, path)
 
 
+def largest_radii(
+    rows_of_models: Iterable[Sequence[Mapping]], *, in_sigmas: bool = False
+) -> list[float]:
+    """The largest radii that the noise and the votes behind rows allow, each once.
+
+    Rows that do not say how they were made are passed over; `in_sigmas` gives units of sigma.
+    """
+    made = {
+        (1.0 if in_sigmas else float(rows[0]["sigma"]), int(rows[0]["n"]), float(rows[0]["alpha"]))
+        for rows in rows_of_models
+        if rows and {"sigma", "n", "alpha"} <= rows[0].keys()
+    }
+    return sorted({float(maximum_radius(*settings)) for settings in made})
+
+
+def _dotted(axes, at: Sequence[float], label: str) -> None:
+    """Dotted vertical lines with a label along each, on the side where no curve can be."""
+    for x in at:
+        axes.axvline(x, color=GREY, ls=":", lw=1)
+        place = {"xycoords": ("data", "axes fraction"), "ha": "left", "rotation": 90}
+        axes.annotate(f" {label}", (x, 0.5), va="center", **place, **_SMALL)
+
+
 def plot_p_lower(
     rows_by_model: Mapping[str, Sequence[Mapping]], path: str | os.PathLike, title: str
 ) -> None:
-    """Distribution of the lower bound p_A: for each value, the share of images below it."""
+    """Distribution of the lower bound p_A: for each value, the share of images below it.
+
+    On an axis of radii in units of sigma, Phi^-1(p_A): most values lie between 0.99 and 1, where
+    an axis of p_A would show nothing. Whatever is at or below 1/2 abstains and stands at 0.
+    """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.8, 4.2), layout="constrained")
-        axes = figure.subplots()
+        axes, caps = figure.subplots(), largest_radii(rows_by_model.values(), in_sigmas=True)
         for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
             values = np.sort([float(row["p_lower"]) for row in rows])
-            share = np.arange(1, len(values) + 1) / len(values)
-            axes.step(values, share, where="post", color=color, label=name)
-        axes.axvline(0.5, color=GREY, ls=":", lw=1)
-        axes.annotate(
-            " abstains below 1/2", (0.5, 0.97), color=GREY, va="top", ha="right", rotation=90
-        )
+            radii = np.maximum(special.ndtri(values), 0)
+            share = np.arange(1, len(radii) + 1) / len(radii)
+            axes.step(radii, share, where="post", color=color, label=name)
+            axes.plot([0], [np.mean(values <= 0.5)], "o", ms=6, color=color, clip_on=False)
+        _dotted(axes, caps, "largest possible")
+        axes.plot([], [], "o", ms=6, color=GREY, label="abstain")
+        end = max([3.0, *caps, *special.ndtri(values[-1:])])
         axes.set(
-            xlabel="lower bound of the probability of the class, $p_A$",
+            xlabel="certified radius in units of $\\sigma$, $\\Phi^{-1}(p_A)$",
             ylabel="share of images at or below",
-            xlim=(0, 1.01),
+            xlim=(0, 1.05 * end),
             ylim=(0, 1.02),
             title=title,
         )
+        above = axes.secondary_xaxis("top", functions=(special.ndtr, special.ndtri))
+        ticks = [p for p in (0.5, 0.7, 0.9, 0.97, 0.99, 0.999, 0.9999) if special.ndtri(p) <= end]
+        above.set_xticks(ticks, [f"{p:g}" for p in ticks])
+        above.set_xlabel("lower bound of the probability of the class, $p_A$")
         axes.legend(loc="upper left")
         _save(figure, path)
 
@@ -269,6 +354,109 @@ def plot_gallery(
             line[0].set_ylabel(label, rotation=0, ha="right", va="center")
         figure.suptitle(title)
         _save(figure, path)
+
+
+def plot_how_it_works(
+    path: str | os.PathLike,
+    *,
+    label: int,
+    image: np.ndarray,
+    attacked: np.ndarray,
+    readings: Sequence[tuple[int, float]],
+    copies: Sequence[tuple[np.ndarray, int]],
+    votes: Sequence[int],
+    radius: float,
+) -> None:
+    """One digit under attack, and the same digit under the vote of noisy copies.
+
+    Args:
+        path: image file to write.
+        label: the digit's class.
+        image: (28, 28) in [0, 1].
+        attacked: the same, changed until a network errs.
+        readings: class and confidence of that network for `image` and for `attacked`.
+        copies: noisy copies (28, 28), and what another network reads in each.
+        votes: that network's votes for each class.
+        radius: certified radius of the vote, l2 in pixel units.
+    """
+    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(9, 4.1), dpi=200)
+        above, below = figure.subfigures(2, 1)
+        _draw_attack(above, image, attacked, readings, label)
+        _draw_vote(below, image, copies, votes, radius, label)
+        _save(figure, path)
+
+
+def _digit(figure, place, image, caption: str = "", color: str = "black", **options) -> None:
+    """An image at `place` (left, bottom, width in shares of the figure), a caption beneath it."""
+    left, bottom, width = place
+    height = width * figure.bbox.width / figure.bbox.height
+    axes = figure.add_axes((left, bottom, width, height))
+    axes.imshow(image, **{"cmap": "gray_r", "vmin": 0, "vmax": 1} | options)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#D0D0D0")
+    axes.set_xlabel(caption, color=color, labelpad=3)
+
+
+def _colored(guess: int, label: int) -> str:
+    return GREEN if guess == label else ALARM
+
+
+def _words(figure, heading: str, text: str, signs: Mapping[float, str], result: str) -> None:
+    """What one half of the picture says: at its left, between its parts, and at its right."""
+    figure.text(0.01, 0.74, heading, fontsize=13, weight="bold", va="bottom")
+    figure.text(0.01, 0.68, text, va="top", linespacing=1.4)
+    for x, sign in signs.items():
+        figure.text(x, 0.56, sign, fontsize=18, ha="center", va="center")
+    figure.text(0.832, 0.56, result, va="center", linespacing=1.4)
+
+
+def _draw_attack(figure, image, attacked, readings, label: int) -> None:
+    change = attacked - image
+    limit, length = np.abs(change).max(), np.linalg.norm(change)
+    (before, sure), (after, fooled) = readings
+    _words(
+        figure,
+        "Attack",
+        "A small change,\nmade for a network,\nmisleads it.",
+        {0.395: "+", 0.605: "="},
+        f"a change of\n$\\ell_2$ length {length:.2f}\nis enough",
+    )
+    color, caption = _colored(before, label), f"reads {before}, {sure:.1%} sure"
+    _digit(figure, (0.215, 0.2, 0.155), image, caption, color)
+    signed = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    _digit(figure, (0.42, 0.2, 0.155), change, f"change, {1 / limit:.0f} times as strong", **signed)
+    color, caption = _colored(after, label), f"reads {after}, {fooled:.1%} sure"
+    _digit(figure, (0.635, 0.2, 0.155), attacked, caption, color)
+
+
+def _draw_vote(figure, image, copies, votes, radius: float, label: int) -> None:
+    certified = math.floor(100 * radius) / 100  # It must not look larger than it is.
+    _words(
+        figure,
+        "Smoothing",
+        f"{sum(votes):,} noisy copies\nvote, and the vote\nproves a radius.",
+        {0.395: r"$\rightarrow$", 0.8: r"$\rightarrow$"},
+        f"every image within\n$\\ell_2$ distance {certified:.2f}\nis read as {label},\n"
+        "whatever the attack",
+    )
+    norm = "$\\ell_2$: root of the summed squares of the pixels' changes, black to white 1"
+    figure.text(0.01, 0.03, norm, **_SMALL)
+    _digit(figure, (0.215, 0.2, 0.155), image, "the same digit")
+    for number, (copy, guess) in enumerate(copies):
+        row, column = divmod(number, 4)
+        place = (0.42 + 0.0635 * column, 0.62 - 0.44 * row, 0.059)
+        _digit(figure, place, copy, str(guess), _colored(guess, label))
+    axes, most = figure.add_axes((0.7, 0.2, 0.07, 0.7)), np.argsort(votes)[::-1]
+    shown = [one for one in most[:4] if votes[one]]
+    axes.bar(range(len(shown)), [votes[one] for one in shown])
+    for at, one in enumerate(shown):
+        axes.patches[at].set_color(_colored(one, label))
+        axes.annotate(f"{votes[one]:,}", (at, votes[one]), ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(shown)), [str(one) for one in shown])
+    axes.set(yticks=[], xlabel="votes", xlim=(-0.7, len(shown) - 0.3))
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def _smoothed(values: Sequence[float], window: int = 50) -> np.ndarray:

@@ -17,6 +17,8 @@ from src.verdicts import with_gradients
 # The radii of the tables, in pixel units.
 RADII = (("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 1.0), ("l2", 2.0))
 SINGLE_STEP = "single step"
+# What every attack of an evaluation has found, taken together.
+WORST_KNOWN = "worst known"
 
 
 def radii_with(*balls: tuple[str, float]) -> list[tuple[str, float]]:
@@ -35,7 +37,7 @@ def attacks(steps: int = 40) -> dict[str, Callable]:
 
 def multi_step_name(steps: int) -> str:
     """The name of PGD in `attacks`, in rows and in figures."""
-    return f"2x PGD-{steps}"
+    return f"PGD, {steps} step{'' if steps == 1 else 's'}, 2 starts"
 
 
 @with_gradients()
@@ -68,25 +70,16 @@ def attack_hits(
 
 
 def table_rows(hits: Mapping[tuple[str, str, float], torch.Tensor]) -> list[dict]:
-    """The rows of `attack_table` out of `attack_hits`."""
+    """The rows of a table out of `attack_hits`, see `accuracy_row`."""
     return [accuracy_row(*where, right) for where, right in hits.items()]
 
 
-def attack_table(model: nn.Module, dataset: TensorDataset, **options) -> list[dict]:
-    """Accuracy on clean images and under each attack at each radius.
-
-    Args:
-        model, dataset, options: those of `attack_hits`.
-
-    Returns:
-        Rows with `attack`, `norm`, `epsilon`, `images`, `correct` (counts), `accuracy` and its
-        95 % interval `low`, `high` (Clopper-Pearson, test sampling).
-    """
-    return table_rows(attack_hits(model, dataset, **options))
-
-
 def accuracy_row(attack: str, norm: str, epsilon: float, hits: torch.Tensor) -> dict:
-    """One row of a table out of per-image results, bool (N,)."""
+    """One row of a table out of per-image results, bool (N,).
+
+    `attack`, `norm`, `epsilon`, `images`, `correct` (counts), `accuracy` and its 95 % interval
+    `low`, `high` (Clopper-Pearson, test sampling).
+    """
     successes, images = int(hits.sum()), len(hits)
     low, high = (float(np.squeeze(bound)) for bound in accuracy_interval(successes, images))
     return {

@@ -150,12 +150,14 @@ def epsilon_curves(rows: Sequence[Mapping]) -> list[dict]:
         rows: those of `epsilon_rows` for one model, read from a file or not.
 
     Returns:
-        Rows as in `attack_table`, for both norms at CURVE_EPSILONS.
+        Rows as of `accuracy_row` for each attack, for both norms at CURVE_EPSILONS.
     """
-    curves = []
-    for norm, epsilons in CURVE_EPSILONS.items():
-        of_norm = [row for row in rows if row["norm"] == norm]
-        smallest = torch.tensor([float(row["smallest_epsilon"]) for row in of_norm]).double()
-        for epsilon in epsilons if of_norm else ():
-            curves.append(accuracy_row(of_norm[0]["attack"], norm, epsilon, smallest > epsilon))
-    return curves
+    smallest: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values = smallest.setdefault((row["attack"], row["norm"]), [])
+        values.append(float(row["smallest_epsilon"]))
+    return [
+        accuracy_row(attack, norm, epsilon, torch.tensor(values, dtype=torch.float64) > epsilon)
+        for (attack, norm), values in smallest.items()
+        for epsilon in CURVE_EPSILONS[norm]
+    ]

@@ -73,11 +73,23 @@ def test_differences_are_paired_by_image(tmp_path, monkeypatch):
     assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 0.0500001
 
 
-def test_published_points_are_drawn(monkeypatch):
+def test_published_curves_pass_through_their_points(monkeypatch):
     figures = []
     monkeypatch.setattr("src.reports.plotting._save", lambda figure, path: figures.append(figure))
     theirs = {"Other": {0.0: 0.9, 0.2: 0.5}}
     plot_certified_accuracy({"here": rows()}, "unused.png", "title", published=theirs)
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
-    assert drawn["Other"] == [[0.0, 0.9], [0.2, 0.5]]
+    drawn = {line.get_label(): line for line in figures[0].axes[0].lines}
+    assert drawn["Other"].get_xydata().tolist() == [[0.0, 0.9], [0.2, 0.5]]
     assert "here" in drawn
+
+
+def test_published_methods_can_be_told_apart(monkeypatch):
+    figures = []
+    monkeypatch.setattr("src.plotting._save", lambda figure, path: figures.append(figure))
+    names = ["A", "B", "C", "D", "E"]
+    theirs = {name: {0.0: 0.9, 0.2: 0.5} for name in names}
+    plot_certified_accuracy({"here": rows()}, "unused.png", published=theirs)
+    lines = [line for line in figures[0].axes[0].lines if line.get_label() in [*names, "here"]]
+    assert len(lines) == 6
+    assert len({line.get_color() for line in lines}) == 6
+    assert all(line.get_linestyle() != "None" for line in lines)

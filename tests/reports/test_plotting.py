@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 from src.certification.intervals import accuracy_interval
 from src.reports import plotting
@@ -18,6 +18,7 @@ from src.reports.plotting import (
     plot_certified_accuracy,
     plot_gallery,
     plot_held_out_robustness,
+    plot_how_it_works,
     plot_p_lower,
     plot_training,
 )
@@ -49,7 +50,8 @@ def proportions(hits, images=20):
     ]
 
 
-CURVES = {"A, PGD": proportions([20, 10, 0]), "B, PGD": proportions([18, 12, 4])}
+CURVES = {"A": proportions([20, 10, 0]), "B": proportions([18, 12, 4])}
+VOTES = [0, 12, 0, 0, 0, 88, 0, 0, 0, 0]
 DIGIT = np.linspace(0, 1, 784).reshape(28, 28)
 GALLERY = [[(DIGIT, "3 (99 %)", "black"), (1 - DIGIT, "8", "red")], [(DIGIT / 2, "1", "blue")]]
 PLOTS = {
@@ -75,8 +77,13 @@ def drawn(monkeypatch):
     return draw
 
 
-def line(axes, label):
+def line_of(axes, label):
     (found,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return found
+
+
+def line(axes, label):
+    found = line_of(axes, label)
     return np.asarray(found.get_xdata(), float), np.asarray(found.get_ydata(), float)
 
 
@@ -111,6 +118,41 @@ def test_every_plot_has_its_title_and_named_axes(drawn, name):
         assert axes.get_xlabel()
         # Panels side by side share the label on the left.
         assert axes.get_ylabel() or axes is not figure.axes[0]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that plot functions would save."""
+    found = []
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: found.append(figure))
+    return found
+
+
+def test_pgd_alone_is_dashed_where_a_stronger_attack_is_known(figures):
+    # In linf nothing is stronger, so one curve tells all; rows from a file are strings.
+    pgd = [row | {"attack": "PGD, 2 steps"} for row in proportions([20, 16, 8])]
+    worst = [
+        row
+        | {"attack": "worst known"}
+        | ({"correct": row["correct"] - 3} if row["norm"] == "l2" else {})
+        for row in pgd
+    ]
+    rows = [{key: str(value) for key, value in row.items()} for row in pgd + worst]
+    plot_accuracy_against_epsilon({"A": rows, "B": pgd}, "unused.png", "title")
+    (figure,) = figures
+    linf, l2 = (
+        [one for one in axes.get_lines() if len(one.get_xdata()) == 3] for axes in figure.axes
+    )
+    assert [(one.get_linestyle(), one.get_label()) for one in linf] == [("-", "A"), ("-", "B")]
+    solid, dashed, other = l2
+    assert [one.get_linestyle() for one in l2] == ["-", "--", "-"]
+    assert solid.get_color() == dashed.get_color() != other.get_color()
+    assert (20 * solid.get_ydata()).tolist() == pytest.approx([7, 5, 1])
+    assert (20 * dashed.get_ydata()).tolist() == pytest.approx([10, 8, 4])
+    # Only the worst known has a band.
+    assert len(figure.axes[1].collections) == 2
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["A", "B", "worst known", "PGD, 2 steps"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
@@ -172,6 +214,28 @@ def test_band_of_certified_accuracy_holds_the_line(drawn):
             assert high - low > 0.2
 
 
+def test_certified_accuracy_shows_the_clean_one_and_the_largest_radius(figures):
+    made = [row | {"sigma": 0.5, "n": 1000, "alpha": 0.001} for row in ROWS]
+    read = [{key: str(value) for key, value in row.items()} for row in made]
+    wide = [row | {"sigma": "1.0"} for row in read]
+    for rows in ({"A": made}, {"A": read}, {"A": read, "B": wide, "C": ROWS}):
+        plot_certified_accuracy(rows, "unused.png", clean={"A": 0.97})
+    # Phi^-1 of alpha^(1/n), the bound of a vote without dissent.
+    cap = 0.5 * norm.ppf(0.001 ** (1 / 1000))
+    for figure, caps in zip(figures, ([cap], [cap], [cap, 2 * cap]), strict=True):
+        (axes,) = figure.axes
+        dotted = [one for one in axes.get_lines() if one.get_linestyle() == ":"]
+        level = [one for one in dotted if one.get_ydata() == pytest.approx([0.97, 0.97])]
+        assert [one.get_color() for one in level] == [line_of(axes, "A").get_color()]
+        found = [one.get_xdata()[0] for one in dotted if one not in level]
+        assert found == pytest.approx(caps)
+        assert axes.get_xlim()[1] > caps[-1]
+        assert [text.get_text().strip() for text in axes.texts] == ["clean, no noise"] + len(
+            caps
+        ) * ["largest possible"]
+        assert axes.get_title() == ""
+
+
 @pytest.mark.parametrize("rows", [[], [0.0], [0.0, 0.0, 0.0]])
 def test_models_that_certify_nothing_are_drawn_too(tmp_path, rows):
     nothing = [{"radius": r, "correct": 0, "p_lower": 0.3} for r in rows or [0.0]]
@@ -184,7 +248,7 @@ def test_models_that_certify_nothing_are_drawn_too(tmp_path, rows):
 def test_epsilon_panels_show_their_norm_with_its_interval(drawn, scale):
     axes = drawn("epsilon").axes[0 if scale == 1 else 1]
     for (name, hits), collection in zip(
-        (("A, PGD", [20, 10, 0]), ("B, PGD", [18, 12, 4])), axes.collections, strict=True
+        (("A", [20, 10, 0]), ("B", [18, 12, 4])), axes.collections, strict=True
     ):
         x, y = line(axes, name)
         assert x == pytest.approx(np.arange(3) * (0.1 if scale == 1 else 1.0))
@@ -192,7 +256,7 @@ def test_epsilon_panels_show_their_norm_with_its_interval(drawn, scale):
         edges = band(collection)
         for epsilon, count in zip(x, hits, strict=True):
             assert edges[epsilon] == pytest.approx(accuracy_interval(int(count * scale), 20))
-    styles = {line.get_color() for line in axes.get_lines() if ", " in line.get_label()}
+    styles = {line.get_color() for line in axes.get_lines() if line.get_label() in CURVES}
     # Models are told apart by colour.
     assert len(styles) == 2
 
@@ -230,12 +294,57 @@ def test_held_out_curves_mark_the_collapse_and_the_epoch_kept(drawn):
 def test_p_lower_steps_up_at_every_image(drawn):
     (axes,) = drawn("p_lower").axes
     x, y = line(axes, "A")
-    expected = sorted(row["p_lower"] for row in ROWS)
-    assert x.tolist() == expected
+    # In units of sigma; at or below one half there is no radius.
+    expected = sorted(max(norm.ppf(row["p_lower"]), 0) for row in ROWS)
+    assert x == pytest.approx(expected)
     assert y == pytest.approx(np.arange(1, 9) / 8)
+    dots = [one.get_xydata().tolist() for one in axes.get_lines() if one.get_marker() == "o"]
+    assert [dot for dot in dots if dot] == [[[0, 1 / 8]], [[0, 0]]]
     # "At or below": the step is at the value, the line flat after it.
     (curve,) = [one for one in axes.get_lines() if one.get_label() == "A"]
     assert curve.get_drawstyle() == "steps-post"
+
+
+def test_p_lower_shows_the_largest_possible_value(figures):
+    rows = [row | {"sigma": "0.5", "n": "1000", "alpha": "0.001"} for row in ROWS]
+    plot_p_lower({"A": rows, "B": [row | {"sigma": "0.25"} for row in rows]}, "unused.png", "")
+    (axes,) = figures[0].axes
+    (cap,) = [one.get_xdata()[0] for one in axes.get_lines() if one.get_linestyle() == ":"]
+    # One for both: the axis is in units of sigma.
+    assert cap == pytest.approx(norm.ppf(0.001 ** (1 / 1000)))
+    assert axes.get_xlim()[1] > cap
+
+
+def test_picture_of_both_halves_says_what_was_computed(tmp_path, figures, monkeypatch):
+    settings = {
+        "label": 5,
+        "image": DIGIT,
+        "attacked": np.clip(DIGIT + 0.01, 0, 1),
+        "readings": [(5, 0.997), (3, 0.9991)],
+        "copies": [(DIGIT, 5 if k else 3) for k in range(8)],
+        "votes": VOTES,
+        "radius": 0.9399,
+    }
+    plot_how_it_works("unused.png", **settings)
+    (figure,) = figures
+    written = [axes.get_xlabel() for axes in figure.axes]
+    assert written[:3] == [
+        "reads 5, 99.7% sure",
+        "change, 100 times as strong",
+        "reads 3, 99.9% sure",
+    ]
+    assert written[4:12] == ["3", *7 * ["5"]]
+    bars = figure.axes[-1]
+    assert [bar.get_height() for bar in bars.patches] == [88, 12]
+    assert [label.get_text() for label in bars.get_xticklabels()] == ["5", "1"]
+    said = " ".join(text.get_text() for part in figure.subfigs for text in part.texts)
+    # Never more than was certified.
+    assert "distance 0.93" in said
+    assert "100 noisy copies" in said
+    assert "length 0.28" in said
+    monkeypatch.undo()
+    plot_how_it_works(tmp_path / "a.png", **settings)
+    assert mpl.image.imread(tmp_path / "a.png").shape[1] == 1800
 
 
 def test_gallery_shows_the_digits_with_their_captions(drawn):

@@ -145,6 +145,14 @@ def test_median_table_by_hand():
     assert lines[3].split() == ["l2,", "not", "broken", "1", "of", "3"]
 
 
+def test_median_table_is_of_the_worst_known():
+    pgd = [{"attack": "PGD, 2 steps", "norm": "l2", "smallest_epsilon": 2.0} for _ in range(9)]
+    worst = [row | {"attack": "worst known", "smallest_epsilon": 0.5} for row in pgd]
+    for rows, median in ((pgd + worst, "0.500"), (pgd, "2.000")):
+        line = median_lines({"A": rows}).split("\n")[2]
+        assert line.split()[:3] == ["l2,", "median", median]
+
+
 def test_population_interval_is_wider_than_sampling_alone():
     # 90 of 100 images certified, 5 more not settled: alpha shifts both ends outwards.
     rows = [

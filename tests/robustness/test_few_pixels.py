@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from src.robustness.few_pixels import MOVES, few_pixels_attack
+from src.robustness.few_pixels import MOVES, few_pixels_attack, few_pixels_lengths
 from tests.attack_helpers import (
     Linear,
     equal,
@@ -56,6 +56,52 @@ def test_on_a_linear_model_no_choice_of_pixels_does_better():
     assert breakable.any()
     assert not breakable.all()
     assert torch.equal(broken, breakable)
+
+
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_the_least_length_on_a_linear_model_is_known(batch_size):
+    model, largest = Linear(seed=3), 1.7
+    images = random_batch(200, seed=4)[0]
+    labels = own_labels(model, images)
+    labels[:5] = 1 - labels[:5]
+    limits = torch.full((200,), largest)
+    found = few_pixels_lengths(model, images, labels, limits, batch_size=batch_size)
+    gaps = margin(model, images, labels)
+    slope = (model.weight[:, 1] - model.weight[:, 0]).detach().double() * (1 - 2 * labels[:, None])
+    expected = torch.where(gaps < 0, 0.0, torch.inf)
+    for move in MOVES:
+        # The pixels go in the order of what they gain, until that is more than the gap.
+        change = (images.flatten(1) + move * slope.sign()).clamp(0, 1) - images.flatten(1)
+        gains, order = (slope * change).sort(dim=1, descending=True)
+        lengths = change.gather(1, order).square().cumsum(dim=1).sqrt()
+        short = (gains.cumsum(dim=1) < gaps[:, None]).sum(dim=1, keepdim=True).clamp(max=783)
+        needed = lengths.gather(1, short)[:, 0]
+        # Clipped moves are shorter; no more are made than whole ones fit into the ball.
+        found_here = (needed <= largest) & (short[:, 0] < int(largest**2 / move**2))
+        expected = torch.where(found_here, expected.minimum(needed), expected)
+    assert found.dtype == torch.float64
+    assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+    assert (found == 0).sum() == 5
+    assert 20 < torch.isinf(found).sum() < 180
+
+
+def test_lengths_are_those_of_points_that_the_attack_finds():
+    model, images, labels = trained_network()
+    limits = torch.full((len(images),), 2.0, dtype=torch.float64)
+    before = snapshot(model)
+    lengths = few_pixels_lengths(model, images, labels, limits)
+    assert equal(before, snapshot(model))
+    points = few_pixels_attack(model, images, labels, 2.0)
+    broken = wrong(model, points, labels)
+    assert torch.equal(broken, lengths <= 2)
+    moved = length(points.double() - images.double(), "l2")
+    assert moved[broken].numpy() == pytest.approx(lengths[broken].numpy(), abs=1e-5)
+    # No image is followed beyond its own limit, and the radius is one at which it breaks.
+    limits[::2] = 1.0
+    again = few_pixels_lengths(model, images, labels, limits)
+    near = lengths <= limits
+    assert torch.equal(again[near], lengths[near])
+    assert torch.isinf(again[~near]).all()
 
 
 def test_misclassified_images_stay():

@@ -109,7 +109,7 @@ def test_rows_name_images_and_survive_the_file(rows, tmp_path):
     assert [row["index"] for row in rows] == 2 * [6, 0, 1, 2, 3, 4, 5]
     assert [row["label"] for row in rows] == 2 * [0, 1, 0, 1, 0, 1, 0]
     assert [row["norm"] for row in rows] == 7 * ["linf"] + 7 * ["l2"]
-    assert {row["attack"] for row in rows} == {"2x PGD-5"}
+    assert {row["attack"] for row in rows} == {"PGD, 5 steps, 2 starts"}
     assert rows[0]["smallest_epsilon"] == rows[7]["smallest_epsilon"] == 0
     # Out of reach in l2: 0.33 * 28 is more than the largest radius.
     assert rows[-2]["smallest_epsilon"] == np.inf
@@ -125,9 +125,26 @@ def test_curves_fall_where_the_margins_lie(rows, norm):
     for row in line:
         margins = (0.03, 0.07, 0.12, 0.22, 0.33, 0.45)
         assert row["correct"] == sum(margin * unit > row["epsilon"] for margin in margins)
-        assert (row["images"], row["attack"]) == (7, "2x PGD-5")
+        assert (row["images"], row["attack"]) == (7, "PGD, 5 steps, 2 starts")
     hits = [row["correct"] for row in line]
     assert hits == sorted(hits, reverse=True)
+
+
+def test_rows_with_names_of_old_and_of_several_attacks_make_a_curve_each():
+    old = [
+        {"norm": "l2", "attack": "2x PGD-20", "smallest_epsilon": text} for text in ("1.0", "inf")
+    ]
+    new = [row | {"attack": "worst known", "smallest_epsilon": 0.5} for row in old]
+    curve = epsilon_curves(old + new)
+    assert [row["attack"] for row in curve] == 11 * ["2x PGD-20"] + 11 * ["worst known"]
+    assert [row["correct"] for row in curve] == [2, 2, *9 * [1], 2, *10 * [0]]
+
+
+def test_an_image_that_broke_at_a_radius_does_not_stand_there():
+    # In float32 0.05 is more than 0.05.
+    rows = [{"norm": "linf", "attack": "any", "smallest_epsilon": at} for at in (0.05, 0.1, 0.35)]
+    curve = {row["epsilon"]: row["correct"] for row in epsilon_curves(rows)}
+    assert [curve[at] for at in (0.0, 0.05, 0.1, 0.3, 0.35)] == [3, 2, 1, 1, 0]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -142,5 +159,5 @@ def test_curve_is_at_most_what_each_radius_gives_alone(norm):
     model, dataset, _ = half_space(norm)
     rows = epsilon_rows(model, dataset, range(40), steps=3, progress=False)
     for row in epsilon_curves(rows):
-        attack = partial(attacks(3)["2x PGD-3"], epsilon=row["epsilon"], norm=row["norm"])
+        attack = partial(attacks(3)[multi_step_name(3)], epsilon=row["epsilon"], norm=row["norm"])
         assert row["correct"] <= int(correct(model, dataset, attack=attack).sum())
