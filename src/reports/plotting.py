@@ -83,7 +83,7 @@ def plot_training(
             right.plot(at, [row["clean"] for row in epochs], "o-", color=RED, label=held_out)
         right.set_ylim(min(0.8, np.quantile(_smoothed(history["step_accuracy"]), 0.05)), 1.005)
         left.legend()
-        right.legend(loc="lower right")
+        right.legend()
         figure.suptitle(title)
         _save(figure, path)
 
@@ -112,6 +112,7 @@ def plot_held_out_robustness(
             axes.axvspan(epoch - 0.5, epoch + 0.5, color=RED, alpha=0.15, lw=0, label=label)
         axes.axvline(history["best_epoch"], color="black", ls=":", lw=1, label="epoch kept")
         axes.set(xlabel="epoch", ylabel="held-out accuracy", title=title, ylim=(0, 1.02))
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower left")
         _save(figure, path)
@@ -308,7 +309,8 @@ def plot_p_lower(
             axes.plot([0], [np.mean(values <= 0.5)], "o", ms=6, color=color, clip_on=False)
         _dotted(axes, caps, "largest possible")
         axes.plot([], [], "o", ms=6, color=GREY, label="abstain")
-        end = max([3.0, *caps, *special.ndtri(values[-1:])])
+        bounds = [float(row["p_lower"]) for rows in rows_by_model.values() for row in rows]
+        end = max([0.5, *caps, *special.ndtri(bounds)])
         axes.set(
             xlabel="certified radius in units of $\\sigma$, $\\Phi^{-1}(p_A)$",
             ylabel="share of images at or below",
