@@ -12,9 +12,9 @@ from pathlib import Path
 from src.checkpoints import save_checkpoint
 from src.command_line import count, number, parse, reserved, run, script_parser, training_options
 from src.methods.adversarial import (
+    adversarial_loss_schedule,
     collapsed_epochs,
     held_out_watch,
-    ramped_adversarial_loss,
     trades_loss,
     training_attack,
 )
@@ -105,7 +105,7 @@ def loss_schedule(args):
         args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
     )
     loss = adversarial_loss if args.beta is None else partial(trades_loss, beta=args.beta)
-    return ramped_adversarial_loss(attack, args.epsilon, loss=loss)
+    return adversarial_loss_schedule(attack, args.epsilon, loss=loss)
 
 
 def report_training(history, stem, title):

@@ -21,7 +21,7 @@ from src.command_line import (
     when_interrupted,
 )
 from src.engine.parts import PRECISIONS
-from src.methods.smoothing import METHODS, ramped_smoothing_loss
+from src.methods.smoothing import METHODS, smoothing_loss_schedule
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import from_main, is_main
 from src.provenance import provenance
@@ -130,7 +130,7 @@ def train(images, held_out, args, device):
     history = train_model(
         smooth,
         images,
-        loss_schedule=ramped_smoothing_loss(
+        loss_schedule=smoothing_loss_schedule(
             args.method,
             attack_draws=args.attack_draws,
             epsilon=args.epsilon,

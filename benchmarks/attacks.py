@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from src.attacks import pgd_attack
-from src.methods.adversarial import ramped_adversarial_loss, training_attack
+from src.methods.adversarial import adversarial_loss_schedule, training_attack
 from src.models import ConvNN
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import load_mnist, seed_everything, spread
@@ -74,7 +74,7 @@ def main():
         seed_everything(0)
         model = ConvNN(**options)
         attack = training_attack("gradient", "linf", steps=1, seed=0)
-        schedule = ramped_adversarial_loss(attack, EPSILON)
+        schedule = adversarial_loss_schedule(attack, EPSILON)
         train_model(model, train, epochs=1, loss_schedule=schedule, progress=False)
         ours = partial(pgd_attack, epsilon=EPSILON, early_stop=True)
         pairs = [

@@ -12,7 +12,7 @@ with the paper's numbers: APGD on the cross-entropy, 100 steps; targeted APGD, 9
 steps; targeted FAB, 9 targets x 100 steps; Square, 5,000 queries. Each meets only the images that
 are still standing, and its points are moved into the ball as stored before they are judged.
 
-A network with a ramp hides from all four what a ball reaches behind it; so our `ramp_attack` comes
+A network with a ramp hides from all four what a ball reaches behind it; so our `thresholds_attack` comes
 last (margin from 5 starts, 9 targets), and for another network plain PGD from many starts (100
 steps up the margin from 10). The rows have the columns index, label, clean, one for every attack
 (1: still classified correctly after it and all before), and robust. They grow by a batch at a time;
@@ -57,7 +57,7 @@ from src.provenance import code_commit
 from src.records.rows import read_rows
 from src.reports.tables import format_table, percent
 from src.robustness.strongest import strongest_attack
-from src.robustness.thresholds import ramp_attack
+from src.robustness.thresholds import thresholds_attack
 from src.training_and_evaluation import correct
 from src.utils import get_device, load_mnist, subset
 
@@ -167,7 +167,7 @@ def our_attacks(model):
     """What follows AutoAttack, see above."""
     if getattr(model, "thresholds", None) is None:
         return [partial(pgd_attack, loss="margin", steps=100, restarts=10, early_stop=True)]
-    return [partial(ramp_attack, restarts=5), partial(ramp_attack, targets=9)]
+    return [partial(thresholds_attack, restarts=5), partial(thresholds_attack, targets=9)]
 
 
 def published(name, network, args):

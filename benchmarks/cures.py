@@ -153,7 +153,7 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
     ours = list(hits_by_stage(model, judged, EPSILON, progress=False).values())[-1]
     left = subset(judged, ours.nonzero()[:, 0])
     hits = autoattack.attacked(model, left, REFEREE, autoattack.AUTOATTACK)
-    collapsed = collapsed_epochs(history["epochs"], ramp=ramp)
+    collapsed = collapsed_epochs(history["epochs"], warmup=ramp)
     return {
         "cure": cure,
         "seed": seed,

@@ -10,7 +10,7 @@ import argparse
 import statistics
 
 from src.command_line import count, run
-from src.methods.smoothing import ramped_smoothing_loss
+from src.methods.smoothing import smoothing_loss_schedule
 from src.models import ConvNN, SmoothClassifier
 from src.training_and_evaluation import train_model
 from src.utils import get_device, load_mnist, seed_everything
@@ -23,7 +23,7 @@ def updates_a_second(dataset, recorded: bool) -> float:
         smooth,
         dataset,
         epochs=2,
-        loss_schedule=ramped_smoothing_loss(
+        loss_schedule=smoothing_loss_schedule(
             "smoothadv-consistency", attack_draws=1, epsilon=0.8, consistency=2
         ),
         shift=0,

@@ -60,7 +60,9 @@ def stage_lines(rows: Sequence[Mapping]) -> str:
     for stage in [name for name in rows[0] if name not in NOT_STAGES]:
         right = sum(int(row[stage]) for row in rows)
         # Committed rows name the attack that knows the thresholds of the pixels by its older word.
-        shown = stage.replace("ramp ", "behind the thresholds, ")
+        shown = stage.replace("ramp ", "thresholds ").replace(
+            "thresholds ", "behind the thresholds, "
+        )
         lines.append((shown, f"{right} of {len(rows)}", standing(rows, stage)))
     return format_table(("after", "images", "accuracy % [95 % interval]"), lines)
 

@@ -17,9 +17,6 @@ from src.optimisation.updates import OPTIMIZERS
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description; shows defaults, but not None or that a switch is off."""
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34)
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
             return action.help

@@ -34,8 +34,8 @@ from src.checks import (
     evaluation_mode,
 )
 from src.engine import forms
-from src.engine.parts import check_precision, ramp
-from src.engine.untouched import agrees, alteration, has_hooks, is_ramp, unwrapped
+from src.engine.parts import apply_thresholds, check_precision
+from src.engine.untouched import agrees, alteration, are_thresholds, has_hooks, unwrapped
 from src.engine.votes import (
     IN_TURN,
     count_votes,
@@ -86,7 +86,7 @@ class ConvNN(nn.Module):
         _check_width("num_classes", num_classes, 2)
         self.config = {"channels": list(channels), "hidden": hidden, "num_classes": num_classes}
         if thresholds is not None:
-            if not is_ramp(thresholds):
+            if not are_thresholds(thresholds):
                 raise ValueError(f"'thresholds' = {thresholds} must be 0 <= low < high <= 1.")
             # Left out if there are none, so that older checkpoints keep their digests.
             self.config |= {"thresholds": [float(value) for value in thresholds]}
@@ -109,7 +109,7 @@ class ConvNN(nn.Module):
             ValueError: for another shape.
         """
         check_shape(images)
-        images = ramp(images, self.thresholds).to(next(self.parameters(), images).dtype)
+        images = apply_thresholds(images, self.thresholds).to(next(self.parameters(), images).dtype)
         features = F.relu(self.norm1(self.conv1(images)))
         features = F.relu(self.norm2(self.conv2(features))).flatten(1)
         if self.hidden is not None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.checks import check_shape
-from src.engine.parts import FLOATS, check_precision, constant, folded, ramp
+from src.engine.parts import FLOATS, apply_thresholds, check_precision, constant, folded
 
 
 class FoldedConvNN(nn.Module):
@@ -39,7 +39,7 @@ class FoldedConvNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_shape(images)
-        images = ramp(images, self.thresholds).to(self.dtype)
+        images = apply_thresholds(images, self.thresholds).to(self.dtype)
         features = _FirstConvolution.apply(images, self.kernel1, self.bias1, self.reverse1)
         features = F.conv2d(F.relu_(features), self.kernel2, self.bias2, stride=2, padding=2)
         features = F.relu_(features).permute(0, 2, 3, 1).flatten(1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.checks import check_shape
-from src.engine.parts import VotingOutput, ramp
+from src.engine.parts import VotingOutput, apply_thresholds
 
 _SOURCE = Path(__file__).with_suffix(".c")
 # A compiler that takes longer hangs; it is not asked again, in whatever precision.
@@ -82,7 +82,7 @@ class NativeConvNN(nn.Module):
         check_shape(images)
         if images.device.type != "cpu":
             raise ValueError(f"'images' are on {images.device}; this form takes them on the CPU.")
-        return self.convolve(ramp(images.float(), self.thresholds).contiguous())
+        return self.convolve(apply_thresholds(images.float(), self.thresholds).contiguous())
 
     def convolve(self, images: Tensor) -> Tensor:
         """The same, of images that have passed the ramp, float32 and contiguous."""

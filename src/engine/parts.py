@@ -23,7 +23,7 @@ def check_precision(precision: str, allowed: Sequence[str] = PRECISIONS) -> None
         raise ValueError(f"'precision' is {precision!r}; use {' or '.join(map(repr, allowed))}.")
 
 
-def ramp(images: Tensor, thresholds: Sequence[float] | None) -> Tensor:
+def apply_thresholds(images: Tensor, thresholds: Sequence[float] | None) -> Tensor:
     """Every pixel rescaled from [low, high] to [0, 1] and cut there; the gradient is not cut."""
     if thresholds is None:
         return images

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from src.checks import check_shape
 from src.engine.folded import FoldedConvNN
-from src.engine.parts import VotingOutput, check_precision, ramp
+from src.engine.parts import VotingOutput, apply_thresholds, check_precision
 
 # Pixels are counted in steps of 1 / UNIT, up to 16, which noise of sigma = 2 reaches once in 1e13.
 UNIT = 2048
@@ -100,7 +100,7 @@ class QuantizedConvNN(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """What the fully connected layers get, integers (B, 49 * channels), the channels last."""
         check_shape(images)
-        pixels = ramp(images.float(), self.thresholds) * UNIT
+        pixels = apply_thresholds(images.float(), self.thresholds) * UNIT
         values = pixels.nan_to_num(0).round().clamp(-PIXEL_LIMIT, PIXEL_LIMIT)
         for number in (1, 2):
             kernel, bias, scale = self.layer(number)

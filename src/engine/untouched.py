@@ -70,7 +70,9 @@ def alteration(network: nn.Module) -> str:
         return f"it is in {', '.join(sorted({str(value.dtype) for value in values}))}"
     if len({value.device for value in values}) > 1:
         return "it is on several devices"
-    return "" if is_ramp(network.thresholds) else f"its thresholds are {network.thresholds!r}"
+    return (
+        "" if are_thresholds(network.thresholds) else f"its thresholds are {network.thresholds!r}"
+    )
 
 
 def is_untouched(network: nn.Module) -> bool:
@@ -105,7 +107,7 @@ def _made(kind: type, config: tuple) -> dict:
     return dict(_contents(*named) for named in network.named_modules(remove_duplicate=False))
 
 
-def is_ramp(thresholds) -> bool:
+def are_thresholds(thresholds) -> bool:
     """Whether `thresholds` are None or 0 <= low < high <= 1."""
     try:
         low, high = (0, 1) if thresholds is None else thresholds

@@ -72,25 +72,25 @@ def trades_loss(
     return F.cross_entropy(clean, labels) + beta * divergence, attacked
 
 
-def ramped_adversarial_loss(
+def adversarial_loss_schedule(
     attack: Callable[..., Tensor],
     epsilon: float,
     *,
     loss: Callable[..., tuple[Tensor, Tensor]] = adversarial_loss,
-    ramp: float = 0.3,
+    warmup: float = 0.3,
 ) -> Callable[[float], Loss]:
-    """A `loss_schedule`: adversarial loss whose ball grows linearly over the first `ramp`.
+    """A `loss_schedule`: adversarial loss whose ball grows linearly over the first `warmup`.
 
     Args:
         attack: (model, images, labels, epsilon) -> images.
-        epsilon: radius from `ramp` on.
+        epsilon: radius from `warmup` on.
         loss: `adversarial_loss`, or another that takes an attack.
-        ramp: fraction of the training, in (0, 1].
+        warmup: fraction of the training, in (0, 1].
     """
 
     def loss_at(progress: float) -> Loss:
         # Meant to spare a fresh network the full ball; not compared here with doing without.
-        radius = epsilon * min(progress / ramp, 1.0)
+        radius = epsilon * min(progress / warmup, 1.0)
         return partial(
             loss,
             attack=lambda model, images, labels: attack(model, images, labels, radius),
@@ -129,7 +129,7 @@ def held_out_watch(
     return watch
 
 
-def collapsed_epochs(epochs: Sequence[dict], *, ramp: float = 0.3) -> list[int]:
+def collapsed_epochs(epochs: Sequence[dict], *, warmup: float = 0.3) -> list[int]:
     """Numbers of the epochs that show catastrophic overfitting (Wong et al., ICLR 2020).
 
     The network has learned to defeat the single step instead of the ball. Accuracy under it is
@@ -140,13 +140,13 @@ def collapsed_epochs(epochs: Sequence[dict], *, ramp: float = 0.3) -> list[int]:
 
     Args:
         epochs: rows with `epoch` and held-out accuracies `clean`, `single_step` and `pgd`.
-        ramp: fraction of the training over which the ball grew, in [0, 1].
+        warmup: fraction of the training over which the ball grew, in [0, 1].
     """
     collapsed, best = [], 0.0
     for row in epochs:
         best = max(best, row["pgd"])
         gap = row["single_step"] - row["pgd"]
-        full = row["epoch"] - 1 >= ramp * len(epochs) and row["single_step"] > 0.8
+        full = row["epoch"] - 1 >= warmup * len(epochs) and row["single_step"] > 0.8
         lost = gap > 0.2 and (full or best - row["pgd"] > 0.2)
         if lost or row["single_step"] > row["clean"] + 0.01:
             collapsed.append(row["epoch"])

@@ -108,14 +108,14 @@ def _ascend(base, images, labels, noise, epsilon) -> Tensor:
     return (images + epsilon * direction(gradient, "l2")).clamp(0, 1)
 
 
-def ramped_smoothing_loss(
-    method: str, *, ramp: float = 0.3, attack_draws: int | None = None, **weights: float | None
+def smoothing_loss_schedule(
+    method: str, *, warmup: float = 0.3, attack_draws: int | None = None, **weights: float | None
 ) -> Callable[[float | Tensor], Loss]:
-    """A `loss_schedule`: the loss of a method, its added terms growing over the first `ramp`.
+    """A `loss_schedule`: the loss of a method, its added terms growing over the first `warmup`.
 
     Args:
         method: one of METHODS.
-        ramp: fraction of the training, in (0, 1].
+        warmup: fraction of the training, in (0, 1].
         attack_draws: of `smoothing_loss`, in place of what the method has; None for that.
         weights: `epsilon`, `consistency`, `entropy` or `confidence` of `smoothing_loss` in place of
             what the method has; None for that.
@@ -138,7 +138,7 @@ def ramped_smoothing_loss(
         )
 
     def loss_at(progress: float | Tensor) -> Loss:
-        grown = progress / ramp
+        grown = progress / warmup
         # A tensor on a GPU, which must not be waited for to compare it.
         strength = grown.clamp(max=1) if isinstance(grown, Tensor) else min(grown, 1.0)
         return partial(smoothing_loss, draws=draws, attack_draws=seen, **terms, strength=strength)

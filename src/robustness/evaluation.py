@@ -13,7 +13,7 @@ from src.robustness.checklist import evaluation_warnings, other_attacks
 from src.robustness.few_pixels import few_pixels_lengths
 from src.robustness.fixed_radii import RADII, WORST_KNOWN, attack_hits, multi_step_name, table_rows
 from src.robustness.smallest_epsilon import CURVE_EPSILONS, LARGEST, epsilon_curves, epsilon_rows
-from src.robustness.thresholds import ramp_attack
+from src.robustness.thresholds import thresholds_attack
 from src.training_and_evaluation import correct
 from src.utils import subset
 from src.verdicts import with_gradients
@@ -112,7 +112,7 @@ def _search_further(model, dataset: TensorDataset, known: dict[str, np.ndarray],
     cuts = getattr(unwrapped(model), "thresholds", None) is not None
     for norm, epsilon in sorted(balls) if cuts else ():
         standing = np.flatnonzero(known[norm] > epsilon)
-        attack = partial(ramp_attack, epsilon=epsilon, norm=norm, **RAMP[norm])
+        attack = partial(thresholds_attack, epsilon=epsilon, norm=norm, **RAMP[norm])
         if len(standing):
             right = correct(model, subset(dataset, standing), attack=attack).numpy()
             known[norm][standing[~right]] = epsilon

@@ -17,16 +17,16 @@ from src.checks import check_count, check_dataset, check_function, predicted
 from src.engine.untouched import evaluation_form, unwrapped
 from src.robustness.apgd import apgd_attack
 from src.robustness.square import square_attack
-from src.robustness.thresholds import behind_ramp, ramp_attack
+from src.robustness.thresholds import behind_thresholds, thresholds_attack
 from src.utils import progress_bar
 from src.verdicts import Worst, logits_of, margin, right, with_gradients
 
 __all__ = [
     "apgd_attack",
-    "ramp_attack",
     "square_attack",
     "strongest_attack",
     "strongest_attack_stages",
+    "thresholds_attack",
 ]
 
 
@@ -95,7 +95,7 @@ def strongest_attack_stages(
     check_function(model, images)
     generator = generator or torch.Generator().manual_seed(0)
     worst = Worst(None, images, labels, "margin", False)
-    adaptive = _has_ramp(model, images)
+    adaptive = _has_thresholds(model, images)
     stages = _stages(adaptive, norm, steps, restarts, targets, queries)
     for name, attack in [("clean", _unchanged), *stages]:
         chosen = worst.standing()
@@ -113,7 +113,7 @@ def strongest_attack_stages(
         yield name, worst.points.clone()
 
 
-def _has_ramp(model: nn.Module, images: Tensor) -> bool:
+def _has_thresholds(model: nn.Module, images: Tensor) -> bool:
     """Whether the ramp of a model can be taken away; warns of one that cannot."""
     network = unwrapped(model)
     thresholds = getattr(network, "thresholds", None)
@@ -121,7 +121,7 @@ def _has_ramp(model: nn.Module, images: Tensor) -> bool:
         try:
             with torch.inference_mode(False), evaluation_form(network) as form:
                 if len(images):
-                    behind_ramp(form, images, thresholds)
+                    behind_thresholds(form, images, thresholds)
             return True
         except (AttributeError, TypeError, ValueError, RuntimeError):
             pass
@@ -183,7 +183,7 @@ def _stages(adaptive, norm, steps, restarts, targets, queries) -> list[tuple[str
     kinds = [("", apgd_attack)]
     if adaptive:
         # In linf both search the very same set, and behind the ramp the gradient is exact.
-        kinds = [("ramp ", ramp_attack), *(kinds if norm == "l2" else [])]
+        kinds = [("thresholds ", thresholds_attack), *(kinds if norm == "l2" else [])]
     stages = [("apgd cross-entropy", partial(apgd_attack, steps=steps, loss="cross_entropy"))]
     for kind, attack in kinds:
         attack = partial(attack, steps=steps)

@@ -1,6 +1,6 @@
 """The adaptive attack on networks that pass every pixel through a ramp first.
 
-Such a network sees z = ramp(x) only, so the attack searches the set of all z that the ball of x
+Such a network sees z = apply_thresholds(x) only, so the attack searches the set of all z that the ball of x
 reaches, with the exact gradient of the network behind the ramp: nothing is masked there. (On
 attacks that know the defence: Tramer et al., NeurIPS 2020.)
 """
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from src.attacks import checked
 from src.balls import direction, linf_box, projection
 from src.checks import checked_logits, predicted
-from src.engine.parts import ramp
+from src.engine.parts import apply_thresholds
 from src.engine.untouched import evaluation_form, unwrapped
 from src.robustness.apgd import Space, check_search, search
 from src.verdicts import Worst, logits_of, margin, with_gradients
 
 
 @with_gradients()
-def ramp_attack(
+def thresholds_attack(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -53,7 +53,7 @@ def ramp_attack(
     if epsilon == 0 or not len(images):
         return images.clone()
     with evaluation_form(model) as network:
-        behind = behind_ramp(network, images, model.thresholds)
+        behind = behind_thresholds(network, images, model.thresholds)
         reachable = _Box if norm == "linf" else _Sparse
         reach = reachable(images, epsilon, clip, model.thresholds)
         space = Space(behind, reach.origin, reach.project, reach.ascent, reach.random)
@@ -69,14 +69,17 @@ def ramp_attack(
     return worst.points
 
 
-def behind_ramp(network: nn.Module, images: Tensor, thresholds) -> nn.Module:
+def behind_thresholds(network: nn.Module, images: Tensor, thresholds) -> nn.Module:
     """`network` without its ramp; ValueError unless it is that network after the ramp."""
     # Shallow: the same weights, but the ramp of the copy alone is taken away.
     behind = copy.copy(network)
     behind.thresholds = None
     with torch.no_grad():
         expected = checked_logits(network(images), len(images))
-        found, size = behind(ramp(images, thresholds)), float(expected.nan_to_num().abs().max())
+        found, size = (
+            behind(apply_thresholds(images, thresholds)),
+            float(expected.nan_to_num().abs().max()),
+        )
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
         raise ValueError(
             "'model' does not apply its thresholds as ConvNN does, first and only once; "
@@ -97,8 +100,8 @@ class _Box:
     def __init__(self, images: Tensor, epsilon: float, clip, thresholds):
         self.images, self.thresholds = images, thresholds
         self.pixel_box = linf_box(images, epsilon, clip)
-        self.low, self.high = (ramp(bound, thresholds) for bound in self.pixel_box)
-        self.origin = ramp(images, thresholds)
+        self.low, self.high = (apply_thresholds(bound, thresholds) for bound in self.pixel_box)
+        self.origin = apply_thresholds(images, thresholds)
 
     def project(self, points: Tensor, chosen=slice(None)) -> Tensor:
         return points.clamp(self.low[chosen], self.high[chosen])
@@ -125,8 +128,8 @@ class _Sparse:
         rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5 * max(map(abs, clip))
         self.budget = max(epsilon * (1 - 2e-6) - 2 * rounding, 1e-12) ** 2
         edge = images.new_tensor(clip)
-        self.low, self.high = ramp(edge, thresholds)
-        self.origin = ramp(images, thresholds)
+        self.low, self.high = apply_thresholds(edge, thresholds)
+        self.origin = apply_thresholds(images, thresholds)
         self.width = thresholds[1] - thresholds[0]
 
     def ascent(self, gradient: Tensor, chosen=slice(None)) -> Tensor:
@@ -182,7 +185,7 @@ class _Sparse:
         cost = self._cost(images, found)
         rest = (self.budget - cost.sum(dim=1, keepdim=True)).clamp(min=0)
         far = (rest + cost).sqrt() * (wanted - found).sign()
-        further = ramp((images + far), self.thresholds).clamp(self.low, self.high)
+        further = apply_thresholds((images + far), self.thresholds).clamp(self.low, self.high)
         # No further than wanted.
         further = torch.where(
             wanted > found, further.minimum(wanted.maximum(found)), further.maximum(wanted)

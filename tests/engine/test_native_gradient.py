@@ -8,7 +8,7 @@ from src.engine.folded import FoldedConvNN
 from src.engine.forms import attacked_form
 from src.engine.native import compiled
 from src.engine.native_gradient import AttackedConvNN
-from src.engine.parts import ramp
+from src.engine.parts import apply_thresholds
 from src.engine.quantized import INTEGERS
 from src.engine.untouched import evaluation_form
 from src.models import ConvNN
@@ -43,7 +43,9 @@ def exact(network):
     """The network as ConvNN.forward has it, the output in float64 as well."""
 
     def logits(images):
-        features = F.relu(network.norm1(network.conv1(ramp(images, network.thresholds))))
+        features = F.relu(
+            network.norm1(network.conv1(apply_thresholds(images, network.thresholds)))
+        )
         features = F.relu(network.norm2(network.conv2(features))).flatten(1)
         features = features if network.hidden is None else F.relu(network.hidden(features))
         return network.output(features)

@@ -26,7 +26,7 @@ from src.models import ConvNN, SmoothClassifier
 from src.robustness.challenge import challenge_certificates
 from src.robustness.smallest_epsilon import smallest_epsilons
 from src.robustness.strongest import hits_by_stage, strongest_attack
-from src.robustness.thresholds import ramp_attack
+from src.robustness.thresholds import thresholds_attack
 from src.training_and_evaluation import accuracy
 
 QUICK = {"steps": 2, "restarts": 1, "targets": 1, "queries": 5, "progress": False}
@@ -237,10 +237,10 @@ def test_wrappers_are_seen_through(wrap):
     assert is_untouched(unwrapped(wrapped))
     expected = hits_by_stage(model, data, 0.05, **QUICK)
     found = hits_by_stage(wrapped, data, 0.05, **QUICK)
-    assert any("ramp" in stage for stage in expected)
+    assert any("thresholds" in stage for stage in expected)
     assert all(torch.equal(found[stage], hits) for stage, hits in expected.items())
     assert found.keys() == expected.keys()
-    points = [ramp_attack(m, *data.tensors, 0.05, steps=2) for m in (model, wrapped)]
+    points = [thresholds_attack(m, *data.tensors, 0.05, steps=2) for m in (model, wrapped)]
     assert torch.equal(*points)
     counts = [
         SmoothClassifier(m, 1.0).certify(data.tensors[0][:2], n=200) for m in (model, wrapped)
@@ -268,7 +268,7 @@ def test_a_ramp_out_of_reach_is_warned_of(wrap):
         hits = hits_by_stage(model, data, 0.05, **QUICK)
     assert hits["clean"].all()
     assert "apgd margin" in hits
-    assert not any("ramp" in stage for stage in hits)
+    assert not any("thresholds" in stage for stage in hits)
 
 
 def test_a_model_without_thresholds_is_not_warned_of():
@@ -419,7 +419,7 @@ def test_networks_and_images_of_any_precision_work(dtype, given):
     assert pgd_attack(model, images, labels, 0.1, steps=2).dtype == given
     assert accuracy(model, data) == 1.0
     hits = hits_by_stage(model, data, 0.05, **QUICK)
-    assert "ramp apgd margin" in hits
+    assert "thresholds apgd margin" in hits
     smooth = SmoothClassifier(model, 0.1)
     certificate = smooth.certify(images[:2], n=50)
     assert smooth.certify_radius(images[0], 0.01).samples > 0

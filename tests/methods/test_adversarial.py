@@ -8,9 +8,9 @@ import torch
 
 from src.attacks import gradient_attack
 from src.methods.adversarial import (
+    adversarial_loss_schedule,
     collapsed_epochs,
     held_out_watch,
-    ramped_adversarial_loss,
     training_attack,
 )
 from src.models import ConvNN
@@ -27,7 +27,7 @@ def test_ramp_grows_linearly_and_stays(ramp):
         used.append(epsilon)
         return (pixels + epsilon).clamp(0, 1)
 
-    schedule = ramped_adversarial_loss(attack, 0.3, ramp=ramp)
+    schedule = adversarial_loss_schedule(attack, 0.3, warmup=ramp)
     losses = [schedule(ramp * part)(model, images, labels)[0] for part in (0, 0.25, 0.5, 1)]
     assert used == pytest.approx([0, 0.075, 0.15, 0.3])
     assert losses[0] == standard_loss(model, images, labels)[0]
@@ -110,4 +110,4 @@ def test_a_ball_of_full_size_from_the_start_is_collapsed_from_the_start():
         {"epoch": number, "clean": 0.993, "single_step": 0.9964, "pgd": 0.0}
         for number in range(1, 13)
     ]
-    assert collapsed_epochs(rows, ramp=0.0) == list(range(1, 13))
+    assert collapsed_epochs(rows, warmup=0.0) == list(range(1, 13))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.methods.smoothing import METHODS, _ascend, ramped_smoothing_loss, smoothing_loss
+from src.methods.smoothing import METHODS, _ascend, smoothing_loss, smoothing_loss_schedule
 from src.models import ConvNN, SmoothClassifier
 from src.training_and_evaluation import standard_loss
 
@@ -41,7 +41,7 @@ def test_gaussian_training_is_the_standard_loss_under_noise(smooth, batch):
     torch.manual_seed(7)
     expected, expected_logits = standard_loss(smooth, *batch)
     torch.manual_seed(7)
-    loss, logits = ramped_smoothing_loss("gaussian")(0.5)(smooth, *batch)
+    loss, logits = smoothing_loss_schedule("gaussian")(0.5)(smooth, *batch)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(logits, expected_logits)
 
@@ -142,7 +142,7 @@ def test_methods_start_as_gaussian_training_and_grow(smooth, batch):
         values = []
         for progress in (0.0, 0.15, 0.3, 0.9):
             torch.manual_seed(7)
-            values.append(ramped_smoothing_loss(method)(progress)(smooth, *batch)[0].item())
+            values.append(smoothing_loss_schedule(method)(progress)(smooth, *batch)[0].item())
         torch.manual_seed(7)
         plain = smoothing_loss(smooth, *batch, draws=terms["draws"])[0].item()
         torch.manual_seed(7)
@@ -162,7 +162,7 @@ def test_progress_may_be_a_tensor(batch, method, progress):
     found = []
     for given in (progress, torch.tensor(progress)):
         torch.manual_seed(7)
-        loss, _ = ramped_smoothing_loss(method)(given)(SmoothClassifier(network, 0.5), *batch)
+        loss, _ = smoothing_loss_schedule(method)(given)(SmoothClassifier(network, 0.5), *batch)
         found.append(torch.autograd.grad(loss, list(network.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -170,7 +170,7 @@ def test_progress_may_be_a_tensor(batch, method, progress):
 
 def test_unknown_method_is_named():
     with pytest.raises(ValueError, match="'macer'; use one of 'gaussian'"):
-        ramped_smoothing_loss("macer")
+        smoothing_loss_schedule("macer")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_weight_of_a_method_may_be_another(smooth, batch, method, weight):
     other = {weight: 1 if weight == "attack_draws" else 0.4}
     losses = []
     for loss in (
-        ramped_smoothing_loss(method, **other)(0.9),
+        smoothing_loss_schedule(method, **other)(0.9),
         partial(smoothing_loss, **METHODS[method] | other),
         partial(smoothing_loss, **METHODS[method]),
     ):
@@ -194,7 +194,7 @@ def test_a_weight_of_a_method_may_be_another(smooth, batch, method, weight):
         losses.append(loss(smooth, *batch)[0])
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(ValueError, match=f"'gaussian' has no '{weight}'"):
-        ramped_smoothing_loss("gaussian", **other)
+        smoothing_loss_schedule("gaussian", **other)
 
 
 @pytest.mark.parametrize("seen", [0, 3])
@@ -202,4 +202,4 @@ def test_the_smoothadv_step_sees_draws_that_there_are(seen):
     with pytest.raises(
         ValueError, match=f"'attack_draws' is {seen}; use one from 1 to the 2 draws"
     ):
-        ramped_smoothing_loss("smoothadv", attack_draws=seen)
+        smoothing_loss_schedule("smoothadv", attack_draws=seen)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.methods.smoothing import ramped_smoothing_loss
+from src.methods.smoothing import smoothing_loss_schedule
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.cuda_graph import Recorded
 from src.training_and_evaluation import train_model
@@ -21,7 +21,7 @@ def weights_after(device: str, recorded: bool, precision: str = "float32") -> di
         halves(64, side=28),
         epochs=3,
         batch_size=16,
-        loss_schedule=ramped_smoothing_loss("confidence"),
+        loss_schedule=smoothing_loss_schedule("confidence"),
         optimizer="muon",
         precision=precision,
         warp=0.1,

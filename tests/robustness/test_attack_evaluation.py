@@ -11,7 +11,7 @@ from src.robustness.evaluation import attack_evaluation
 from src.robustness.few_pixels import few_pixels_attack
 from src.robustness.fixed_radii import WORST_KNOWN, multi_step_name
 from src.robustness.smallest_epsilon import CURVE_EPSILONS
-from src.robustness.thresholds import ramp_attack
+from src.robustness.thresholds import thresholds_attack
 from src.training_and_evaluation import correct
 from src.utils import subset
 from tests.helpers import halves
@@ -150,7 +150,7 @@ def test_the_attack_behind_the_ramp_is_tried_on_networks_with_thresholds(monkeyp
     worst, _ = check(found, 2)
     for (norm, epsilon), hits in worst.items():
         for attack, options in (
-            (ramp_attack, module.RAMP[norm]),
+            (thresholds_attack, module.RAMP[norm]),
             (few_pixels_attack, {}),
         ):
             if attack is few_pixels_attack and norm == "linf":
@@ -161,7 +161,7 @@ def test_the_attack_behind_the_ramp_is_tried_on_networks_with_thresholds(monkeyp
 
             assert hits <= int(correct(model, dataset, attack=bounded).sum())
     plain, tried = untrained, []
-    monkeypatch.setattr(module, "ramp_attack", lambda *_, **__: tried.append(1))
+    monkeypatch.setattr(module, "thresholds_attack", lambda *_, **__: tried.append(1))
     attack_evaluation(
         plain[0], subset(plain[1], range(5)), range(5), range(5), steps=2, radii=RADII
     )

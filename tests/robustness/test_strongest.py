@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import pgd_attack
-from src.engine.parts import ramp
+from src.engine.parts import apply_thresholds
 from src.models import ConvNN
 from src.robustness.apgd import apgd_attack
 from src.robustness.square import square_attack
 from src.robustness.strongest import hits_by_stage, strongest_attack, strongest_attack_stages
-from src.robustness.thresholds import nearest_pixels, ramp_attack
+from src.robustness.thresholds import nearest_pixels, thresholds_attack
 from tests.attack_helpers import (
     Linear,
     Scaled,
@@ -34,7 +34,7 @@ BRIEF = {"steps": 3, "restarts": 2, "targets": 2, "queries": 10}
 ATTACKS = {
     "apgd": partial(apgd_attack, steps=5, restarts=2),
     "dlr": partial(apgd_attack, steps=5, loss="dlr", targets=2),
-    "ramp": partial(ramp_attack, steps=5, restarts=2),
+    "ramp": partial(thresholds_attack, steps=5, restarts=2),
     "square": partial(square_attack, queries=20),
     "strongest": partial(strongest_attack, **BRIEF),
 }
@@ -49,7 +49,7 @@ class RampedLinear(Linear):
         self.thresholds = thresholds
 
     def forward(self, images):
-        return super().forward(ramp(images, self.thresholds))
+        return super().forward(apply_thresholds(images, self.thresholds))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,7 +159,7 @@ def test_only_the_generator_changes_the_result(trained, attack, norm):
         ("labels", torch.full((5,), 10)),
     ],
 )
-@pytest.mark.parametrize("attack", [apgd_attack, ramp_attack])
+@pytest.mark.parametrize("attack", [apgd_attack, thresholds_attack])
 def test_bad_arguments_are_named(attack, name, value):
     images, labels = random_batch(5)
     arguments = {"images": images, "labels": labels, "epsilon": 0.1, name: value}
@@ -179,11 +179,11 @@ def test_losses_that_need_more_classes_and_models_without_a_ramp_are_refused():
         with pytest.raises(ValueError, match="'dlr'"):
             apgd_attack(Linear(classes), images, labels, 0.1, loss="dlr", targets=targets)
     with pytest.raises(ValueError, match="'model'"):
-        ramp_attack(Linear(2), images, labels, 0.1)
+        thresholds_attack(Linear(2), images, labels, 0.1)
     deeper = nn.Sequential(RampedLinear())
     deeper.thresholds = THRESHOLDS
     with pytest.raises(ValueError, match="'model'"):
-        ramp_attack(deeper, images, labels, 0.1)
+        thresholds_attack(deeper, images, labels, 0.1)
 
 
 # --- Known answers --------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def best_behind_ramp(images, away, epsilon, norm, low=THRESHOLDS[0], high=THRESH
 def test_ramp_attack_reaches_the_optimum_of_a_linear_model_behind_a_ramp(norm, epsilon, kind):
     model, images, labels, away = far_from_the_border(RampedLinear, kind)
     best = best_behind_ramp(images, away, epsilon, norm)
-    attacked = ramp_attack(model, images, labels, epsilon, norm, steps=40)
+    attacked = thresholds_attack(model, images, labels, epsilon, norm, steps=40)
     reached = margin(model, images, labels) - margin(model, attacked, labels)
     assert (reached <= best + 1e-4).all()
     if norm == "linf":
@@ -252,10 +252,10 @@ def test_nearest_pixels_are_those_that_the_ramp_takes_to_the_points():
     images, points = random_batch(50)[0], random_batch(50, seed=1)[0]
     points = torch.where(points < 0.3, 0.0, torch.where(points > 0.7, 1.0, points))
     found = nearest_pixels(images, points, THRESHOLDS)
-    torch.testing.assert_close(ramp(found, THRESHOLDS), points, rtol=0, atol=1e-6)
+    torch.testing.assert_close(apply_thresholds(found, THRESHOLDS), points, rtol=0, atol=1e-6)
     # Whatever other pixel gives the same point is no nearer.
     for other in torch.linspace(0, 1, 101):
-        same = ramp(other, THRESHOLDS) == points
+        same = apply_thresholds(other, THRESHOLDS) == points
         assert ((other - images).abs() >= (found - images).abs() - 1e-6)[same].all()
 
 
@@ -282,13 +282,13 @@ def test_targets_are_approached_one_after_the_other():
 # --- Strength -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attack", [apgd_attack, ramp_attack])
+@pytest.mark.parametrize("attack", [apgd_attack, thresholds_attack])
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.03), ("l2", 0.8)])
 def test_restarts_keep_the_worst(attack, norm, epsilon):
     # In float64: the points of broken images leave the batch, and must not change the others.
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 30), nn.ReLU(), nn.Linear(30, 10)).double()
-    model = Ramped(model) if attack is ramp_attack else model
+    model = Ramped(model) if attack is thresholds_attack else model
     images = random_batch(100)[0].double()
     labels = model(images).argmax(dim=1)
     results = [
@@ -310,7 +310,7 @@ class Ramped(nn.Module):
         self.model, self.thresholds = model, thresholds
 
     def forward(self, images):
-        return self.model(ramp(images, self.thresholds))
+        return self.model(apply_thresholds(images, self.thresholds))
 
 
 @pytest.mark.parametrize("loss", ["margin", "dlr"])
@@ -393,7 +393,7 @@ def test_few_pixels_moved_far_break_what_many_moved_a_little_cannot():
     model.bias.data = torch.tensor([0.5, 0.0])
     spread = apgd_attack(model, images, labels, 2.0, "l2")
     assert not wrong(model, spread, labels).any()
-    assert wrong(model, ramp_attack(model, images, labels, 2.0, "l2"), labels).all()
+    assert wrong(model, thresholds_attack(model, images, labels, 2.0, "l2"), labels).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
