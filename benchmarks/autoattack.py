@@ -12,8 +12,8 @@ with the paper's numbers: APGD on the cross-entropy, 100 steps; targeted APGD, 9
 steps; targeted FAB, 9 targets x 100 steps; Square, 5,000 queries. Each meets only the images that
 are still standing, and its points are moved into the ball as stored before they are judged.
 
-A network with a ramp hides from all four what a ball reaches behind it; so our `thresholds_attack` comes
-last (margin from 5 starts, 9 targets), and for another network plain PGD from many starts (100
+A network with thresholds hides from all four what a ball reaches behind them; so our
+`thresholds_attack` comes last (margin from 5 starts, 9 targets), and for another network plain PGD from many starts (100
 steps up the margin from 10). The rows have the columns index, label, clean, one for every attack
 (1: still classified correctly after it and all before), and robust. They grow by a batch at a time;
 the same command takes up a run that was stopped, and more --images extend it, also on another

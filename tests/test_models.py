@@ -575,8 +575,9 @@ def test_both_radii_follow_from_the_same_votes(network):
 
 @pytest.mark.parametrize("p", [0.3, 0.6, 0.9, 0.99, 0.9999])
 def test_one_radius_takes_few_draws_which_are_those_of_certify(p):
-    # Radius 1 at sigma = 1 takes a probability above 0.8413; all of these are far from it. Class
-    # 0 or 1 is selected; FirstPixel certifies whichever of them has the votes.
+    # Radius 1 at sigma = 1 takes a probability above 0.8413. Class 0 has p, class 1 the rest, and
+    # whichever of them has more is selected. A false certificate has odds of alpha = 1e-3 an
+    # image; the draws are seeded.
     smooth, images = SmoothClassifier(FirstPixel(p), 1.0, 3), GREY.expand(4, -1, -1, -1)
     found = smooth.certify_radius(images, 1.0, n0=100, max_n=30_000)
     p0 = required_probability(1.0, 1.0)

@@ -1,7 +1,7 @@
-"""The adaptive attack on networks that pass every pixel through a ramp first.
+"""The adaptive attack on networks that cut every pixel at two thresholds first.
 
-Such a network sees z = apply_thresholds(x) only, so the attack searches the set of all z that the ball of x
-reaches, with the exact gradient of the network behind the ramp: nothing is masked there. (On
+Such a network sees z = apply_thresholds(x) only. So the attack searches all z that the ball of x
+reaches, with the exact gradient of the network behind the thresholds: nothing is masked there. (On
 attacks that know the defence: Tramer et al., NeurIPS 2020.)
 """
 
