@@ -13,13 +13,14 @@ steps; targeted FAB, 9 targets x 100 steps; Square, 5,000 queries. Each meets on
 are still standing, and its points are moved into the ball as stored before they are judged.
 
 A network with thresholds hides from all four what a ball reaches behind them; so our
-`thresholds_attack` comes last (margin from 5 starts, 9 targets), and for another network plain PGD from many starts (100
-steps up the margin from 10). The rows have the columns index, label, clean, one for every attack
-(1: still classified correctly after it and all before), and robust. They grow by a batch at a time;
-the same command takes up a run that was stopped, and more --images extend it, also on another
-device or in other batches, which the twin notes. The images come in the order 0, 20, 40, ..., then
-1, 21, ...: any first part of it is spread over the test set, whose first half is harder than its
-second. `--strongest` adds a column of our own `strongest_attack`, from the clean images.
+`thresholds_attack` comes last (margin from 5 starts, 9 targets), and for another network plain PGD
+from many starts (100 steps up the margin from 10). The rows have the columns index, label, clean,
+one for every attack (1: still classified correctly after it and all before), and robust. They grow
+by a batch at a time; the same command takes up a run that was stopped, and more --images extend it,
+also on another device or in other batches, which the twin notes. The images come in the order 0,
+20, 40, ..., then 1, 21, ...: any first part of it is spread over the test set, whose first half is
+harder than its second. `--strongest` adds a column of our own `strongest_attack`, from the clean
+images.
 
 Measured on networks of two epochs, first images of the test set: linf 0.3 without a ramp, 500
 images, AutoAttack leaves 62.8 %, ours 62.4 %; l2 2.0 with a ramp, 200 images, AutoAttack leaves

@@ -41,7 +41,8 @@ def main(argv=None):
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, _ = load_training_data(args.data, args.held_out, quick=args.quick)
-    smooth, seconds = main_random_smoothing.train(train, held_out, args, device)
+    smooth, history = main_random_smoothing.train(train, held_out, args, device)
+    seconds = history["epochs"][-1]["seconds"]
     few = spread(held_out, args.images)
     radii = protocol_radii(smooth, *few.tensors, args.n, args.seed)
     at = [smooth.sigma * half / 2 for half in range(8)]
