@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from importlib.metadata import version
@@ -314,12 +313,3 @@ def test_bad_option_is_one_sentence_and_a_failure(script, options, tmp_path, mni
     assert "error: " in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_walkthrough_runs_on_the_trained_models(finished, monkeypatch, capsys):
-    monkeypatch.chdir(finished)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    runpy.run_path(str(ROOT / "notebooks" / "walkthrough.py"))
-    printed = capsys.readouterr().out
-    assert "never above epsilon = 0.2" in printed
-    assert len(list((finished / "figures").glob("walkthrough_*.png"))) == 3
