@@ -10,16 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.certification.bounds import (
-    abstain_p_value,
-    certified_radius,
-    lower_confidence_bound,
-    minimum_successes,
-    required_probability,
-    two_sided_bounds,
-    two_sided_radius,
-)
-from src.certification.stopping import CERTIFY, CONTINUE, look_schedule, mixture_decision
+from src.certification import bounds, stopping
 from src.checks import check_count, check_images, check_number, check_shape
 from src.engine import forms
 from src.engine.parts import apply_thresholds, check_precision
@@ -64,11 +55,12 @@ class ConvNN(nn.Module):
         super().__init__()
         if len(channels) != 2:
             raise ValueError(f"'channels' = {tuple(channels)} must have two entries.")
-        for width in channels:
-            _check_width("channels", width)
-        if hidden is not None:
-            _check_width("hidden", hidden)
-        _check_width("num_classes", num_classes, 2)
+        check_count("num_classes", num_classes, 2)
+        widths = [*(("channels", width) for width in channels), ("num_classes", num_classes)]
+        for name, width in widths if hidden is None else [*widths, ("hidden", hidden)]:
+            check_count(name, width)
+            if width > WIDEST_LAYER:
+                raise ValueError(f"'{name}' must be at most {WIDEST_LAYER:,}.")
         self.config = {"channels": list(channels), "hidden": hidden, "num_classes": num_classes}
         if thresholds is not None:
             if not are_thresholds(thresholds):
@@ -132,9 +124,8 @@ class Certificate(NamedTuple):
     def __repr__(self) -> str:
         """A line per image; radii and probabilities are rounded down."""
         lines = ["class  radius  votes for it  probability at least"]
-        for label, radius, votes, p in zip(
-            *(f.reshape(-1).tolist() for f in self[:4]), strict=True
-        ):
+        columns = (field.reshape(-1).tolist() for field in self[:4])
+        for label, radius, votes, p in zip(*columns, strict=True):
             name = "none" if label == ABSTAIN else label
             radius, p = math.floor(radius * 1000) / 1000, math.floor(p * 1e6) / 1e6
             lines.append(f"{name:>5}  {radius:6.3f}  {votes:12,}  {p:.6f}")
@@ -235,7 +226,7 @@ class SmoothClassifier(nn.Module):
             for noisy in noisy_images:
                 counts = noisy.votes("predict", n, workers)
                 second, first = np.sort(counts)[-2:]
-                decided = abstain_p_value(first, second) <= alpha
+                decided = bounds.abstain_p_value(first, second) <= alpha
                 predictions.append([counts.argmax() if decided else ABSTAIN])
         return _columns(predictions, (int,), images)[0]
 
@@ -275,7 +266,7 @@ class SmoothClassifier(nn.Module):
         """
         check_count("n0", n0)
         check_count("n", n)
-        minimum_successes(n, alpha)  # Refuses an n that could not certify anything.
+        bounds.minimum_successes(n, alpha)  # Refuses an n that could not certify anything.
         certificates = []
         with self._noisy(images, seed, indices, batch_size) as (noisy_images, workers):
             for noisy in noisy_images:
@@ -289,12 +280,13 @@ class SmoothClassifier(nn.Module):
         """The entries of a Certificate from the class selected and the votes (num_classes,)."""
         top_count, rival_count = counts[top], np.delete(counts, top).max()
         # This is where alpha is spent.
-        p_lower = lower_confidence_bound(top_count, n, alpha)
+        p_lower = bounds.lower_confidence_bound(top_count, n, alpha)
         if p_lower <= 0.5:
             return ABSTAIN, 0.0, top_count, p_lower, rival_count, 0.0
-        radius = certified_radius(p_lower, self.sigma)
-        bounds = two_sided_bounds(top_count, rival_count, n, alpha, self.num_classes)
-        return top, radius, top_count, p_lower, rival_count, two_sided_radius(*bounds, self.sigma)
+        radius = bounds.certified_radius(p_lower, self.sigma)
+        both = bounds.two_sided_bounds(top_count, rival_count, n, alpha, self.num_classes)
+        two_sided = bounds.two_sided_radius(*both, self.sigma)
+        return top, radius, top_count, p_lower, rival_count, two_sided
 
     def certify_radius(
         self,
@@ -334,15 +326,15 @@ class SmoothClassifier(nn.Module):
         check_count("max_n", max_n)
         if radius > 7 * self.sigma:
             raise ValueError(f"'radius' = {radius:g} is beyond 7 sigma, out of reach of any draws.")
-        p0 = float(required_probability(radius, self.sigma))
-        looks = look_schedule(max_n, p0, alpha)
+        p0 = float(bounds.required_probability(radius, self.sigma))
+        looks = stopping.look_schedule(max_n, p0, alpha)
 
         def decide(noisy: NoisyImage) -> tuple[bool, int, int]:
             top = noisy.votes("select", n0).argmax()
             for look, counts in noisy.running_votes("estimate", looks):
-                decision = mixture_decision(counts[top], look, p0, alpha, looks)
-                if decision != CONTINUE:
-                    return decision == CERTIFY, top, n0 + look
+                decision = stopping.mixture_decision(counts[top], look, p0, alpha, looks)
+                if decision != stopping.CONTINUE:
+                    return decision == stopping.CERTIFY, top, n0 + look
             raise AssertionError("A rule never answers CONTINUE at its last look.")
 
         with self._noisy(images, seed, indices) as (noisy_images, workers):
@@ -383,12 +375,6 @@ class SmoothClassifier(nn.Module):
                 ],
                 workers,
             )
-
-
-def _check_width(name: str, width: int, minimum: int = 1) -> None:
-    check_count(name, width, minimum)
-    if width > WIDEST_LAYER:
-        raise ValueError(f"'{name}' must be at most {WIDEST_LAYER:,}.")
 
 
 def _columns(rows: list, types: tuple[type, ...], images: Tensor) -> list[Tensor]:
