@@ -64,17 +64,13 @@ def voters(
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], Workers]]:
     """Yield (the network that casts the votes of a model, who shares the work).
 
-    An unaltered ConvNN votes in its fastest form, on all cores of a CPU. Nothing is known of
-    another model: it votes itself, in evaluation mode, one batch after another.
-
-    Args:
-        model: images (B, ...) -> logits.
-        precision: one of PRECISIONS.
-        images: (B, ...), where the model is; a few of them are tried out on an unknown model.
+    An unaltered ConvNN votes in its fastest form, on all cores of a CPU. Any other model votes
+    itself, in evaluation mode, one batch after another: nothing is known of its inside. It is
+    first tried out on a few `images` (B, ...), which must be on its device.
 
     Raises:
-        ValueError: if an unknown model has no answer of its own for each image, or is asked for
-            in another precision than float32.
+        ValueError: if another model answers differently alone or in a batch, or the second time,
+            or if its `precision` is not float32.
     """
     form = _trusted_form(unwrapped(model), precision)
     if form is not None:

@@ -50,7 +50,7 @@ static inline __attribute__((always_inline)) void tile(
 #pragma GCC unroll 16
             for (int p = 0; p < pixels; p++)
                 for (int v = 0; v < vectors; v++)
-                    sum[p][v] = kind == OF_FEATURES && STEP > WORD
+                    sum[p][v] = kind == OF_FEATURES
                                     ? add_features(sum[p][v], from[p] + y * row + j, weight[v])
                                     : add_product(sum[p][v], from[p] + y * row + j, weight[v][0]);
         }

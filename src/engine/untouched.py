@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from src.checks import evaluation_mode, same
 from src.engine.parts import TOLERANCES
 
-# Wrappers that answer as the module in this attribute does.
+# Wrappers that answer as the module inside does, and the attribute that holds it.
 _WRAPPERS = {
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -19,12 +19,6 @@ _WRAPPERS = {
 }
 # The attributes in which a module keeps its hooks of all kinds.
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("hooks")]
-# The hooks on all modules at once. torch never replaces these dictionaries.
-_GLOBAL_HOOKS = [
-    hooks
-    for name, hooks in vars(nn.modules.module).items()
-    if name.startswith(("_global_forward", "_global_backward")) and name.endswith("hooks")
-]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -51,7 +45,7 @@ def alteration(network: nn.Module) -> str:
     """
     if "inference_form" not in vars(type(network)):
         return f"it is a {type(network).__name__}"
-    if any(_GLOBAL_HOOKS):
+    if nn.modules.module._has_any_global_hook():
         return "there are hooks on all modules"
     for name, module in network.named_modules(remove_duplicate=False):
         if has_hooks(module):
