@@ -9,10 +9,10 @@ from src.engine.parts import FLOATS, apply_thresholds, check_precision, constant
 
 
 class FoldedConvNN(nn.Module):
-    """A ConvNN in evaluation mode: normalisation folded into the convolutions, no copies made.
+    """A ConvNN in evaluation mode with normalisation folded in; features are never rearranged.
 
-    It shares no memory with the network it was made from, and passes gradients to the images
-    only. `benchmarks/certification.py` and `benchmarks/attacks.py` show what it is good for.
+    It shares no memory with the network it is made from, and passes gradients to the images only.
+    `benchmarks/certification.py` and `benchmarks/attacks.py` measure its speed.
     """
 
     in_integers = False
@@ -26,14 +26,14 @@ class FoldedConvNN(nn.Module):
         self.kernel1, self.bias1 = folded(network.conv1, network.norm1, self.dtype)
         self.kernel2, self.bias2 = folded(network.conv2, network.norm2, self.dtype)
         self.reverse1 = constant(_reversed(self.kernel1))
-        self.connected, layers = nn.ParameterList(), (network.hidden, network.output)
-        for layer in filter(None, layers):
+        self.connected = nn.ParameterList()
+        for layer in filter(None, (network.hidden, network.output)):
             weight, bias = layer.weight.clone(), layer.bias.clone()
             if not len(self.connected):
-                # In the order in which channels-last features lie in memory, so that
-                # flattening them needs no copy.
+                # In the order in which channels-last features lie in memory: flattening the
+                # features then needs no copy.
                 weight = weight.unflatten(1, (-1, 7, 7)).permute(0, 2, 3, 1).flatten(1)
-            # The output in float32, as in ConvNN.
+            # The output is in float32, as in ConvNN.
             dtype = torch.float32 if layer is network.output else self.dtype
             self.connected += [constant(weight.to(dtype).contiguous()), constant(bias.to(dtype))]
 
@@ -50,11 +50,11 @@ class FoldedConvNN(nn.Module):
 
 
 class _FirstConvolution(torch.autograd.Function):
-    """The 5x5 convolution of one-channel images, with a faster gradient by the images.
+    """The 5x5 convolution of one-channel images, with a faster gradient for the images.
 
-    With one input channel the usual transposed convolution keeps few lanes of a processor busy.
-    The gradients of the four pixels of a 2x2 square, taken as four channels, are an ordinary
-    convolution of the incoming gradient: see `_reversed`.
+    torch's gradient uses few lanes of a processor if there is one input channel. Here the four
+    pixels of a 2x2 square count as four channels: their gradients are an ordinary convolution of
+    the incoming gradient with the kernel that `_reversed` makes.
     """
 
     @staticmethod
@@ -72,9 +72,9 @@ class _FirstConvolution(torch.autograd.Function):
 def _reversed(kernel: Tensor) -> Tensor:
     """The kernel (4, C, 3, 3) that takes the gradient back to the pixels of 2x2 squares.
 
-    Without stride, the gradient at pixel i would be the incoming one correlated with the flipped
-    kernel around i; for the two pixels 2p and 2p + 1 that is one window of six with the kernel at
-    its first or second place. With stride 2 every other entry of the incoming gradient is a zero.
+    With stride 1, the gradient at pixel i is the incoming gradient around i, weighted by the
+    flipped kernel. Pixels 2p and 2p + 1 share a window of six entries per axis; the kernel begins
+    at its first or second entry. With stride 2 every second incoming entry is zero: left out.
     """
     flipped = kernel.flip(2, 3)[:, 0]
     window = kernel.new_zeros(4, len(kernel), 6, 6)

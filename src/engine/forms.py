@@ -1,19 +1,25 @@
 """The forms in which a ConvNN is evaluated, attacked and votes: the same function, faster.
 
-A form is made only of a network that is untouched, see `src/engine/untouched.py`. Nothing here
-knows the class ConvNN: a network of the same layers by the same names will do.
+A form is made only of a network that was not altered since it was made (`untouched.py`). Nothing
+here knows the class ConvNN: any network with the same layers under the same names will do.
 """
 
+import ctypes
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from src.checks import check_function, evaluation_mode
 from src.engine.folded import FoldedConvNN
 from src.engine.native import NativeConvNN, compiled
 from src.engine.native_gradient import AttackedConvNN
 from src.engine.parts import FLOATS, check_precision
 from src.engine.quantized import INTEGERS, QuantizedConvNN, is_finite
-from src.engine.untouched import alteration, is_untouched, unwrapped
+from src.engine.untouched import agrees, alteration, is_untouched, unwrapped
+from src.engine.votes import IN_TURN, Workers, single_threaded_workers
 
 
 def inference_form(network: nn.Module, precision: str) -> nn.Module:
@@ -25,21 +31,14 @@ def inference_form(network: nn.Module, precision: str) -> nn.Module:
 
 
 def attacked_form(network: nn.Module, precision: str) -> nn.Module:
-    """The form that passes gradients to the images; in C where that can be.
-
-    It can be in float32 on a CPU with a compiler, for networks whose layers fill the vectors.
-    """
-    form = FoldedConvNN(network, precision)
-    library = compiled(precision) if precision == "float32" and _is_on_cpu(network) else None
-    if library is None or any(len(k) % library.lanes() for k in (form.kernel1, form.kernel2)):
-        return form
-    return AttackedConvNN(form, library).eval()
+    """The form that passes gradients to the images: in C where that is possible, else in torch."""
+    form, library = FoldedConvNN(network, precision), _library(network, precision)
+    return AttackedConvNN(form, library).eval() if library else form
 
 
 def voting_form(network: nn.Module, precision: str) -> nn.Module:
-    """The form that casts votes fastest where the network is; `precision` one of PRECISIONS."""
-    form = inference_form(network, precision)
-    library = _library(network, precision)
+    """The form that votes fastest on the network's device; `precision` is one of PRECISIONS."""
+    form, library = inference_form(network, precision), _library(network, precision)
     if library:
         return NativeConvNN(form, library).eval()
     if precision in INTEGERS:
@@ -47,9 +46,10 @@ def voting_form(network: nn.Module, precision: str) -> nn.Module:
     return form
 
 
-def _library(network: nn.Module, precision: str):
+def _library(network: nn.Module, precision: str) -> ctypes.CDLL | None:
     """The compiled library for a network on the CPU whose layers fill the vectors, else None."""
-    library = compiled(precision) if precision != "bfloat16" and _is_on_cpu(network) else None
+    on_cpu = network.output.weight.device.type == "cpu"
+    library = compiled(precision) if precision != "bfloat16" and on_cpu else None
     if library is None:
         return None
     widths = [network.conv1.out_channels, network.conv2.out_channels]
@@ -58,12 +58,51 @@ def _library(network: nn.Module, precision: str):
     return None if any(width % library.lanes() for width in widths) else library
 
 
-def _is_on_cpu(network: nn.Module) -> bool:
-    return network.output.weight.device.type == "cpu"
+@contextmanager
+def voters(
+    model: nn.Module, precision: str, images: Tensor
+) -> Iterator[tuple[Callable[[Tensor], Tensor], Workers]]:
+    """Yield (the network that casts the votes of a model, who shares the work).
+
+    An unaltered ConvNN votes in its fastest form, on all cores of a CPU. Any other model votes
+    itself, in evaluation mode, one batch after another: nothing is known of its inside. It is
+    first tried out on a few `images` (B, ...), which must be on its device.
+
+    Raises:
+        ValueError: if another model answers differently alone or in a batch, or the second time,
+            or if its `precision` is not float32.
+    """
+    form = _trusted_form(unwrapped(model), precision)
+    if form is not None:
+        on_cpu = images.device.type == "cpu"
+        with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
+            yield form, workers
+        return
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    check_function(model, images.to(dtype))
+    with evaluation_mode(model):
+        yield lambda noisy: model(noisy.to(dtype)), IN_TURN
+
+
+def _trusted_form(network: nn.Module, precision: str) -> nn.Module | None:
+    """The voting form of a network; None if only the network itself can vote."""
+    reason = alteration(network)
+    if not reason:
+        form = voting_form(network, precision)
+        if agrees(form, network, precision):
+            return form
+    check_form(precision, reason or "its forward pass gives other answers")
+    return None
+
+
+def check_form(precision: str, reason: str) -> None:
+    """Raise ValueError if a network has a `reason` to vote as it is, and not in float32."""
+    if reason and precision != "float32":
+        raise ValueError(f"'precision' = {precision!r} needs a ConvNN as it is made, but {reason}.")
 
 
 def form_name(network: nn.Module, precision: str) -> str:
-    """What votes in place of a network, in words, for the records."""
+    """The form in which a network votes, in words for the records."""
     network = unwrapped(network)
     if not is_untouched(network):
         return "its own forward pass"
@@ -71,10 +110,10 @@ def form_name(network: nn.Module, precision: str) -> str:
 
 
 def common_precision(*networks: nn.Module) -> str:
-    """The precision in which all of these networks vote: "int8" if all can in C, else "float32".
+    """The precision in which all networks vote: "int8" if all can do so in C, else "float32".
 
-    Where there are instructions for them, integers of 8 bits were the fastest wherever it was
-    measured (`benchmarks/certification.py`).
+    Integers of 8 bits were the fastest on every processor measured that has instructions for
+    them (`benchmarks/certification.py`).
     """
     able = (
         is_untouched(network) and is_finite(network) and _library(network, "int8")

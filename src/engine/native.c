@@ -1,32 +1,35 @@
-/* The two convolutions of ConvNN in evaluation mode, normalisation folded in, for a processor, and
-   with floats of 32 bits their gradients by the images.
+/* The two convolutions of ConvNN in evaluation mode, with normalisation folded in, for a CPU. With
+   float32 also their gradients with respect to the images.
 
-   Every output pixel is a sum over 5 rows of a padded image whose channels lie last: in each row
-   5 * inputs consecutive numbers. A tile of pixels by one or two vectors of LANES channels stays
-   in registers while all of these are added up, in one fixed order: what comes out for an image
-   does not depend on the images beside it. The compiler chooses the instructions for the vectors;
+   Every output pixel is a sum over 5 rows of a padded image whose channels lie last: 5 * inputs
+   consecutive numbers per row. A tile of output pixels, by one or two vectors of LANES channels, stays
+   in registers while they are added up. The order of additions is fixed, so the result for an image
+   does not depend on the other images. The compiler chooses the instructions for the vectors;
    native_numbers.h says what a number is. */
 
 #include <stddef.h>
 
 #include "native_numbers.h"
 
-/* With 16 registers of 8 lanes twelve sums, two kernels and a pixel fit; with 32 of 16 lanes more. With
-   whole steps of the kernel there is room for few. */
+/* 16 registers of 8 lanes hold twelve sums, two kernels and a pixel; 32 registers of 16 lanes hold
+   more. Kernels that are read in whole STEPs leave room for FEW sums. */
 enum { TAPS = 5, SIDE = 28, MARGIN = 2, PIXELS = LANES == 16 ? 8 : 6, MOST = 2 * PIXELS, FEW = 8 };
 
-/* Four bytes of numbers, in every lane, meet a vector of the kernel; so do STEP, one after another. */
+/* A WORD is four bytes of numbers. It is copied to every lane and meets one vector of the kernel.
+   A STEP is one or more words. */
 #define WORD 4
 
-/* A kernel, biases, and for integers the scale of every sum. The kernel is (groups, rows, run / WORD,
-   width of a group, WORD): a group are the channels that a tile takes, so it is read in order. */
+/* A layer: its kernel, its biases and, for integers, the scale of every sum. The kernel is stored as
+   (groups, rows, run / WORD, channels per group, WORD). A group is the channels of one tile, so the
+   kernel is read in order. */
 struct layer { const char *kernel; const float *bias, *scale; int width; };
 
 /* Which numbers a layer adds up. */
 enum kind { OF_PIXELS, OF_FEATURES };
 
-/* Sums of `vectors` * LANES channels from `c` on at `pixels` places, over `rows` rows that lie `row`
-   bytes apart, of `run` bytes, a multiple of WORD, or of features of STEP. */
+/* The sums at `pixels` places for `vectors` * LANES channels from channel `c` on. Each adds up `rows`
+   rows that lie `row` bytes apart, and `run` bytes of each: a multiple of WORD, or of STEP for
+   features. */
 static inline __attribute__((always_inline)) void tile(
     int pixels, int vectors, enum kind kind, const char *const *from, int rows, size_t row, int run,
     const struct layer *layer, int c, vector total[MOST][2])
@@ -47,7 +50,7 @@ static inline __attribute__((always_inline)) void tile(
 #pragma GCC unroll 16
             for (int p = 0; p < pixels; p++)
                 for (int v = 0; v < vectors; v++)
-                    sum[p][v] = kind == OF_FEATURES && STEP > WORD
+                    sum[p][v] = kind == OF_FEATURES
                                     ? add_features(sum[p][v], from[p] + y * row + j, weight[v])
                                     : add_product(sum[p][v], from[p] + y * row + j, weight[v][0]);
         }
@@ -56,54 +59,39 @@ static inline __attribute__((always_inline)) void tile(
             total[p][v] = finished(sum[p][v], bias + v * LANES, scale + v * LANES);
 }
 
-/* Zero where negative; a NaN stays one. */
-static inline vector rectified(vector values)
-{
-    return (vector)((bits)values & ~(bits)(values < 0));
-}
-
-/* A gradient, zero where the feature was cut off; where that is a NaN it passes, as in torch. */
-static inline vector gated(vector values, vector feature)
-{
-    return (vector)((bits)values & ~(bits)(feature <= 0));
-}
-
-/* A row of an image to its place in a padded one. */
-static void put_row(const float *row, number *to)
-{
-    for (int x = 0; x < SIDE; x += LANES) {
-        int at = x + LANES > SIDE ? SIDE - LANES : x;
-        store(to + at, UNIT * *(const vector *)(row + at), PIXEL_LIMIT);
-    }
-}
+/* Zero where negative; a NaN stays a NaN. */
+static inline vector rectified(vector v) { return (vector)((bits)v & ~(bits)(v < 0)); }
 
 /* Bytes from one image to the next, from one row of places to the next, and from place to place. */
 struct steps { size_t image, row, place; };
 
-/* What becomes of a sum: it is stored, or zero in place of a negative one. Of gradients, which are
-   float32: it passes where a feature was not cut off by its ReLU, or it is one of the four pixels of
-   a 2x2 square, the first channels. */
-enum fate { PLAIN, RECTIFIED, GATED, SQUARE };
+/* What becomes of a sum. RECTIFIED: stored as features, 0 instead of a negative one; AS_FLOATS: the
+   same as float32. For gradients (float32): GATED passes where the feature was positive or NaN, as in
+   torch; SQUARE stores the first four channels as the four pixels of a 2x2 square. */
+enum fate { RECTIFIED, AS_FLOATS, GATED, SQUARE };
 
 static inline __attribute__((always_inline)) void put(
-    vector value, feature *to, const feature *gate, enum fate fate)
+    vector value, void *to, const void *gate, enum fate fate)
 {
     if (fate == SQUARE)
         for (int k = 0; k < 4; k++)
-            to[k / 2 * SIDE + k % 2] = value[k];
+            ((feature *)to)[k / 2 * SIDE + k % 2] = value[k];
     else if (fate == GATED)
-        store_features(to, gated(value, *(const vector *)gate));
+        store_features(to, (vector)((bits)value & ~(bits)(*(const vector *)gate <= 0)));
+    else if (fate == AS_FLOATS)
+        *(vector *)to = rectified(value);
     else
-        store_features(to, fate == RECTIFIED ? rectified(value) : value);
+        store_features(to, rectified(value));
 }
 
-/* Sums at `wide` squared places of each of `n` images, over `rows` rows of `run` bytes that lie
-   `row` apart; `gates` are features that lie as `out` does. */
+/* Puts the sums of a layer, as `tile` has them, at `wide` squared places of each of `n` images. `in`
+   are the steps of `images`, `to` those of `out` and of `gates`, the features for GATED. */
 static inline __attribute__((always_inline)) void convolve_by(
     int pixels, int vectors, enum kind kind, const void *images, struct steps in, int n, int wide,
-    int rows, size_t row, int run, const struct layer *layer, feature *out, struct steps to,
-    const feature *gates, enum fate fate)
+    int rows, size_t row, int run, const struct layer *layer, void *out, struct steps to,
+    const void *gates, enum fate fate)
 {
+    const size_t size = fate == AS_FLOATS ? sizeof(float) : sizeof(feature);
     for (int c = 0; c < layer->width; c += vectors * LANES) {
         int image = 0, y = 0, x = 0;
         for (int left = n * wide * wide; left > 0; left -= pixels) {
@@ -112,7 +100,7 @@ static inline __attribute__((always_inline)) void convolve_by(
             vector total[MOST][2];
             for (int p = 0; p < pixels; p++) {
                 from[p] = (const char *)images + image * in.image + y * in.row + x * in.place;
-                at[p] = (image * to.image + y * to.row + x * to.place) / sizeof(feature) + c;
+                at[p] = image * to.image + y * to.row + x * to.place + c * size;
                 /* The next place; after the end the last one, again. */
                 if (p + 1 < left && ++x == wide) {
                     x = 0;
@@ -122,16 +110,17 @@ static inline __attribute__((always_inline)) void convolve_by(
             }
             tile(pixels, vectors, kind, from, rows, row, run, layer, c, total);
             for (int p = 0; p < pixels; p++)
-                for (int v = 0; v < vectors; v++, at[p] += LANES)
-                    put(total[p][v], out + at[p], gates + at[p], fate);
+                for (int v = 0; v < vectors; v++, at[p] += LANES * size)
+                    put(total[p][v], (char *)out + at[p], (const char *)gates + at[p], fate);
         }
     }
 }
 
-/* Compiled once: inlined everywhere it would take the compiler many times as long. */
+/* The same with the tile that suits the layer. Compiled once: inlined everywhere, it would take the
+   compiler many times as long. */
 static __attribute__((noinline)) void convolve_all(
     enum kind kind, const void *images, struct steps in, int n, int wide, int rows, size_t row, int run,
-    const struct layer *layer, feature *out, struct steps to, const feature *gates, enum fate fate)
+    const struct layer *layer, void *out, struct steps to, const void *gates, enum fate fate)
 {
 #define CONVOLVE(pixels, vectors, kind) \
     convolve_by(pixels, vectors, kind, images, in, n, wide, rows, row, run, layer, out, to, gates, fate)
@@ -142,28 +131,35 @@ static __attribute__((noinline)) void convolve_all(
         one ? CONVOLVE(MOST, 1, OF_PIXELS) : CONVOLVE(PIXELS, 2, OF_PIXELS);
 }
 
-/* `images` (n, side + 4, side + 4, inputs) -> `out`, (side / stride) squared with a `margin`. */
-static void convolve(enum kind kind, const void *images, int n, int side, int stride, int inputs,
-                     const struct layer *layer, feature *out, int margin, enum fate fate)
+/* Convolution with stride 2 and ReLU: `images` (n, side + 4, side + 4, inputs) -> the middle of `out`
+   (n, side / 2 + 2 * margin, side / 2 + 2 * margin, width). */
+static void convolve(enum kind kind, const void *images, int n, int side, int inputs,
+                     const struct layer *layer, feature *out, int margin)
 {
-    int padded = side + 2 * MARGIN, wide = side / stride, pitch = wide + 2 * margin;
+    int padded = side + 2 * MARGIN, wide = side / 2, pitch = wide + 2 * margin;
     int size = kind == OF_FEATURES ? sizeof(feature) : sizeof(number);
     int step = kind == OF_FEATURES ? STEP : WORD, width = layer->width;
     int run = (TAPS * inputs * size + step - 1) / step * step;
     size_t row = (size_t)padded * inputs * size, place = width * sizeof(feature);
-    struct steps in = {padded * row, stride * row, (size_t)stride * inputs * size};
+    struct steps in = {padded * row, 2 * row, (size_t)2 * inputs * size};
     struct steps to = {pitch * pitch * place, pitch * place, place};
     out += (size_t)margin * (pitch + 1) * width;
-    convolve_all(kind, images, in, n, wide, TAPS, row, run, layer, out, to, out, fate);
+    convolve_all(kind, images, in, n, wide, TAPS, row, run, layer, out, to, out, RECTIFIED);
 }
 
-/* Images (n, 28, 28) to the middle of padded ones. */
+/* Copies images (n, 28, 28), counted in steps of 1 / UNIT, to the middle of padded ones. */
 static void put_images(const float *pixel, int n, number *to)
 {
     int padded = SIDE + 2 * MARGIN;
     for (int i = 0; i < n; i++)
-        for (int y = 0; y < SIDE; y++, pixel += SIDE)
-            put_row(pixel, to + ((size_t)i * padded + y + MARGIN) * padded + MARGIN);
+        for (int y = 0; y < SIDE; y++, pixel += SIDE) {
+            number *row = to + ((size_t)i * padded + y + MARGIN) * padded + MARGIN;
+            for (int x = 0; x < SIDE; x += LANES) {
+                /* The last vector ends with the row. */
+                int start = x + LANES > SIDE ? SIDE - LANES : x;
+                store(row + start, UNIT * *(const vector *)(pixel + start), PIXEL_LIMIT);
+            }
+        }
 }
 
 /* Bytes that `features` needs as scratch. */
@@ -173,58 +169,33 @@ size_t scratch_size(int first)
     return PIXELS * (padded * padded * sizeof(number) + inner * inner * first * sizeof(feature)) + STEP;
 }
 
-/* `images` (n, 28, 28) -> `out` (n, 7, 7, second width). Runs of 5 * inputs numbers are filled up
-   with zeros to whole words, of features to whole steps; widths are multiples of LANES; `scratch`
-   holds scratch_size zeros. */
+/* `images` (n, 28, 28) -> `out` (n, 7, 7, second width). Widths are multiples of LANES. Runs of
+   5 * inputs numbers are filled up with zero weights to whole words, those of features to whole steps.
+   `scratch` holds scratch_size zeros. */
 void features(const float *images, int n, const struct layer *layer1, const struct layer *layer2,
               number *scratch, feature *out)
 {
-    /* PIXELS images at once fill the tiles and stay in the second-level cache. */
     int half = SIDE / 2, padded = SIDE + 2 * MARGIN, first = layer1->width;
-    /* A run that was filled up ends, with weights of zero, in the numbers after it: in the next row or
-       image, or in what scratch has to spare. */
+    /* A run that was filled up also reads the numbers behind it, with zero weights. They belong to the
+       next row or image, or to the spare bytes of scratch. */
     number *outer = scratch;
     feature *middle = (feature *)(outer + PIXELS * padded * padded);
+    /* PIXELS images at once fill the tiles and stay in the second-level cache. */
     for (int start = 0; start < n; start += PIXELS) {
         int count = n - start < PIXELS ? n - start : PIXELS;
         put_images(images + (size_t)start * SIDE * SIDE, count, outer);
         feature *to = out + (size_t)start * half * half / 4 * layer2->width;
-        convolve(OF_PIXELS, outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
-        convolve(OF_FEATURES, middle, count, half, 2, first, layer2, to, 0, RECTIFIED);
+        convolve(OF_PIXELS, outer, count, SIDE, 1, layer1, middle, MARGIN);
+        convolve(OF_FEATURES, middle, count, half, first, layer2, to, 0);
     }
 }
 
-static inline __attribute__((always_inline)) void connect_by(
-    int pixels, int vectors, enum kind kind, const feature *in, int n, int inputs,
-    const struct layer *layer, float *out)
-{
-    for (int c = 0; c < layer->width; c += vectors * LANES)
-        for (int first = 0; first < n; first += pixels) {
-            const char *from[MOST];
-            float *to[MOST];
-            vector total[MOST][2];
-            for (int p = 0; p < pixels; p++) {
-                size_t at = first + p < n ? first + p : n - 1;
-                from[p] = (const char *)(in + at * inputs);
-                to[p] = out + at * layer->width + c;
-            }
-            tile(pixels, vectors, kind, from, 1, 0, inputs * sizeof(feature), layer, c, total);
-            for (int p = 0; p < pixels; p++)
-                for (int v = 0; v < vectors; v++)
-                    *(vector *)(to[p] + v * LANES) = rectified(total[p][v]);
-        }
-}
-
-/* A fully connected layer and its ReLU: `in` (n, inputs), whole steps, -> `out` (n, width). */
+/* A fully connected layer and its ReLU: `in` (n, inputs), whole steps -> `out` (n, width). */
 void connected(const feature *in, int n, int inputs, const struct layer *layer, float *out)
 {
-    int one = layer->width % (2 * LANES);
-    if (STEP > WORD)
-        one ? connect_by(FEW, 1, OF_FEATURES, in, n, inputs, layer, out)
-            : connect_by(FEW / 2, 2, OF_FEATURES, in, n, inputs, layer, out);
-    else
-        one ? connect_by(MOST, 1, OF_PIXELS, in, n, inputs, layer, out)
-            : connect_by(PIXELS, 2, OF_PIXELS, in, n, inputs, layer, out);
+    int run = inputs * sizeof(feature);
+    struct steps from = {run, 0, 0}, to = {layer->width * sizeof(float), 0, 0};
+    convolve_all(OF_FEATURES, in, from, n, 1, 1, 0, run, layer, out, to, out, AS_FLOATS);
 }
 
 #ifdef FLOAT32
@@ -236,12 +207,12 @@ size_t gradients_scratch_size(int first, int second)
     return sizeof(float) * PIXELS * (padded * padded + 2 * wide * wide * first + narrow * narrow * second);
 }
 
-/* Gradients by the images of a network with strides: `slope` (n, 7, 7, second), the gradients by the
-   `features` that it makes of `images` (n, 28, 28) -> `out` like the images.
+/* Gradients with respect to `images` (n, 28, 28) -> `out`, shaped like them. `slope` (n, 7, 7, second)
+   are the gradients with respect to the `features` of the images.
 
-   Back through a convolution of stride 2, the gradients at the four places of a 2x2 square are sums
-   over 3x3, 3x2, 2x3 and 2x2 places of those that come in. `back2` are the four kernels; in `back1`
-   they are one of 3x3 with four channels, filled up to LANES. `scratch` holds
+   Backwards through a convolution of stride 2, the gradients at the four places of a 2x2 square are
+   sums over 3x3, 3x2, 2x3 and 2x2 places of the incoming ones. `back2` holds these four kernels.
+   `back1` holds them as one 3x3 kernel with four channels, filled up to LANES. `scratch` holds
    gradients_scratch_size zeros. */
 void gradients(const float *images, int n, int second, const struct layer *layer1,
                const struct layer *back2, const struct layer *back1, const float *features,
@@ -261,7 +232,7 @@ void gradients(const float *images, int n, int second, const struct layer *layer
     for (int start = 0; start < n; start += PIXELS) {
         int count = n - start < PIXELS ? n - start : PIXELS;
         put_images(images + (size_t)start * SIDE * SIDE, count, outer);
-        convolve(OF_PIXELS, outer, count, SIDE, 2, 1, layer1, middle, MARGIN, RECTIFIED);
+        convolve(OF_PIXELS, outer, count, SIDE, 1, layer1, middle, MARGIN);
         for (int i = 0; i < count; i++)
             for (int y = 0; y < quarter; y++) {
                 size_t from = ((size_t)(start + i) * quarter + y) * quarter * second;

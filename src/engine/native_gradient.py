@@ -1,4 +1,4 @@
-"""The form of ConvNN that is attacked fastest on a processor: its gradients by the images in C."""
+"""The form of ConvNN that is attacked fastest on a CPU: gradients of the images in C."""
 
 import ctypes
 import functools
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from src.engine.native import NativeConvNN, added_up_in_order, layer_of, rows_of
+from src.engine.native import Layer, NativeConvNN
 
 
 class AttackedConvNN(NativeConvNN):
-    """A NativeConvNN that passes gradients to the images, and works with all of torch's threads.
+    """A NativeConvNN that passes gradients to the images and uses all of torch's threads.
 
-    What comes out for an image depends neither on its batch nor on the number of threads, up to
+    The result for an image does not depend on its batch or on the number of threads, except in
     the fully connected layers, which are torch's.
 
     Args:
@@ -30,28 +30,23 @@ class AttackedConvNN(NativeConvNN):
         kernels = [flipped[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1)]
         lanes = library.lanes()
         kernels += [F.pad(form.reverse1, (0,) * 7 + (lanes - len(form.reverse1),))]
-        nothing = torch.zeros(max(lanes, *self.widths))
-        tensors = [(added_up_in_order(rows_of(k), lanes), nothing[: len(k)]) for k in kernels]
-        layers = [layer_of(kernel, zeros, zeros) for kernel, zeros in tensors]
-        self.kept_back = tensors
-        self.back2, self.back1 = (type(layers[0]) * 4)(*layers[:4]), layers[4]
-        self.back_scratch = library.gradients_scratch_size(*self.widths)
+        zeros = torch.zeros(max(lanes, *self.widths))
+        *self.back2, self.back1 = (Layer(k, zeros[: len(k)], zeros, lanes) for k in kernels)
+        self.back_scratch_size = library.gradients_scratch_size(*self.widths)
 
     def convolve(self, images: Tensor) -> Tensor:
         return _Convolutions.apply(images, self)
 
     def gradients(self, images: Tensor, features: Tensor, slope: Tensor) -> Tensor:
-        """Gradients by the images (B, 1, 28, 28), given those by the features, both (B, ...)."""
-        out, scratch = torch.empty_like(images), images.new_zeros(self.back_scratch // 4)
-        self.library.gradients(
-            images.data_ptr(),
-            len(images),
-            self.widths[1],
-            ctypes.byref(self.layers[0]),
-            self.back2,
-            ctypes.byref(self.back1),
-            *(values.data_ptr() for values in (features, slope, scratch, out)),
-        )
+        """Gradients (B, 1, 28, 28) with respect to the images, from `slope`, those of the features.
+
+        `features` and `slope` are (B, 49 * channels).
+        """
+        out, scratch = torch.empty_like(images), images.new_zeros(self.back_scratch_size // 4)
+        first, back1 = ctypes.byref(self.layers[0]), ctypes.byref(self.back1)
+        layers = first, (Layer * 4)(*self.back2), back1
+        tensors = (tensor.data_ptr() for tensor in (features, slope, scratch, out))
+        self.library.gradients(images.data_ptr(), len(images), self.widths[1], *layers, *tensors)
         return out
 
 
@@ -60,7 +55,7 @@ class _Convolutions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images, form):
-        features = _shared(super(AttackedConvNN, form).convolve, images)
+        features = _in_parallel(super(AttackedConvNN, form).convolve, images)
         ctx.save_for_backward(images, features)
         ctx.form = form
         return features
@@ -69,11 +64,11 @@ class _Convolutions(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope):
         images, features = ctx.saved_tensors
-        return _shared(ctx.form.gradients, images, features, slope.contiguous()), None
+        return _in_parallel(ctx.form.gradients, images, features, slope.contiguous()), None
 
 
-def _shared(task, *batch: Tensor) -> Tensor:
-    """`task` on parts of the batch, one for each of torch's threads; C lets go of Python's lock."""
+def _in_parallel(task, *batch: Tensor) -> Tensor:
+    """`task` on parts of the batch, one per thread of torch; C code runs outside Python's lock."""
     threads = torch.get_num_threads()
     if threads == 1 or len(batch[0]) < 2 * threads:
         return task(*batch)
@@ -81,6 +76,4 @@ def _shared(task, *batch: Tensor) -> Tensor:
     return torch.cat(list(_pool(threads).map(lambda part: task(*part), parts)))
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+_pool = functools.cache(ThreadPoolExecutor)

@@ -1,4 +1,4 @@
-"""What the forms of ConvNN have in common: precisions, thresholds, folded layers, the output."""
+"""What the forms of ConvNN share: precisions, thresholds, folded layers, the output."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-# In which the network may vote. The float32 results are those of the network itself up to the
-# order of additions; in the others it is another classifier, with certificates of its own.
+# In which a network may vote. float32 gives the network itself, up to the order of additions. The
+# others give another classifier, with certificates of its own.
 PRECISIONS = ("float32", "bfloat16", "int16", "int8")
-# In which it may be trained and attacked.
+# In which a network may be trained and attacked.
 FLOATS = PRECISIONS[:2]
 # How far the logits of a form may be from those of `forward`, as a share of the largest. Rounding
-# on the networks in `reference/` and on 280 random ones made 2e-6, 0.01, 0.02 and 0.17.
+# moved them by 2e-6, 0.01, 0.02 and 0.17 on 280 random networks and those in `reference/`.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05, "int16": 0.1, "int8": 0.5}
 
 
@@ -24,7 +24,7 @@ def check_precision(precision: str, allowed: Sequence[str] = PRECISIONS) -> None
 
 
 def apply_thresholds(images: Tensor, thresholds: Sequence[float] | None) -> Tensor:
-    """Every pixel rescaled from [low, high] to [0, 1] and cut there; the gradient is not cut."""
+    """Rescale every pixel from [low, high] to [0, 1] and cut it there; the gradient is not cut."""
     if thresholds is None:
         return images
     low, high = thresholds
@@ -36,27 +36,23 @@ def apply_thresholds(images: Tensor, thresholds: Sequence[float] | None) -> Tens
 
 def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d, dtype) -> tuple[nn.Parameter, ...]:
     """Kernel and bias of a convolution and the normalisation after it, in channels-last order."""
+    statistics = norm.running_mean, norm.running_var, norm.eps
     kernel, bias = fuse_conv_bn_weights(
-        convolution.weight,
-        None,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
+        convolution.weight, None, *statistics, norm.weight, norm.bias
     )
     kernel = kernel.to(dtype).contiguous(memory_format=torch.channels_last)
     return constant(kernel), constant(bias.to(dtype))
 
 
 def constant(values: Tensor) -> nn.Parameter:
+    """A parameter without gradient."""
     return nn.Parameter(values.detach(), requires_grad=False)
 
 
 class VotingOutput(nn.Module):
-    """The output layer in float32, with empty classes up to a multiple of 16 computed and left out.
+    """The output layer in float32, with empty classes up to a multiple of 16, left out afterwards.
 
-    The product of matrices is nearly twice as fast so.
+    They make the product of matrices nearly twice as fast.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor):

@@ -10,18 +10,19 @@ from src.checks import check_shape
 from src.engine.folded import FoldedConvNN
 from src.engine.parts import VotingOutput, apply_thresholds, check_precision
 
-# Pixels are counted in steps of 1 / UNIT, up to 16, which noise of sigma = 2 reaches once in 1e13.
+# A pixel is counted in steps of 1 / UNIT, up to 16. Noise of sigma = 2 is larger once in 1e13.
 UNIT = 2048
 PIXEL_LIMIT = 2**15 - 1
+# With 8 bits, this many products are added up in 16 bits before they go to 32 bits.
+SUMMED = 8
 
 
 class Integers(NamedTuple):
     """What the layers after the first count in."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the features
     weights: torch.dtype
-    # Features are counted in as many steps as reach `spread` standard deviations of their
-    # normalisation above the mean. Larger ones are cut.
+    # Features are cut at `limit` steps: `spread` standard deviations above their mean.
     limit: int
     spread: int
 
@@ -35,20 +36,21 @@ INTEGERS = {
 class QuantizedConvNN(nn.Module):
     """A ConvNN for evaluation, its convolutions and hidden layer in integers of 16 or 8 bits.
 
-    Pixels and features are rounded to integers, and the weights of every channel, scaled to the
-    largest integers of 16 bits with which no sum of products can leave 32 bits. Sums are exact, so
-    nothing depends on who adds them up. Half a step is 0.02 to 0.3 % of the mean weight of a layer
-    of 25 to 1,568 inputs, and 0.2 % of a feature's standard deviation where that is largest;
-    bfloat16 rounds by up to 0.4 %. The output layer is in float32. `native.c` computes the same,
-    with the limits above; this form, in float64, needs no compiler and is slow.
+    Pixels and features are rounded to integers. The weights of every channel are scaled to the
+    largest 16-bit integers for which no sum of products can leave 32 bits. Sums are exact, so they
+    do not depend on the processor. Half a step is 0.02 to 0.3 % of the mean weight of a layer of
+    25 to 1,568 inputs, and at most 0.2 % of a feature's standard deviation; bfloat16 rounds by up
+    to 0.4 %. The output layer is in float32. `native.c` computes the same with the limits above;
+    this form works in float64, needs no compiler and is slow.
 
-    "int8" counts features, and weights of the layers after the first, in 8 bits. Processors add up
-    twice as many at once, eight products in 16 bits first, which the weights must allow for. The
-    logits of the networks in `reference/` move by 1 % of their standard deviation.
+    "int8" counts features, and weights after the first layer, in 8 bits. Processors add up twice
+    as many of them at once. They add eight products in 16 bits first, and the weights are small
+    enough for that. The logits of the networks in `reference/` move by 1 % of their standard
+    deviation.
 
     Args:
         network: a ConvNN.
-        precision: one of INTEGERS.
+        precision: "int16" or "int8".
 
     Raises:
         ValueError: if a weight is not finite or too large, and on MPS, which has no float64.
@@ -66,7 +68,10 @@ class QuantizedConvNN(nn.Module):
         self.thresholds = network.thresholds
         self.integers = later = INTEGERS[precision]
         self.dtype = later.dtype
-        units = [_unit(norm, later) for norm in (network.norm1, network.norm2)]
+        # Steps per unit in which the features after each normalisation are counted.
+        norms = (network.norm1, network.norm2)
+        largest = [(n.bias + later.spread * n.weight.abs()).max().item() for n in norms]
+        units = [later.limit / max(value, 1e-6) for value in largest]
         *hidden, weight, bias = folded.connected
         layers = [
             _layer(folded.kernel1, folded.bias1, PIXEL_LIMIT, UNIT, units[0], torch.int16),
@@ -83,22 +88,20 @@ class QuantizedConvNN(nn.Module):
                 self.register_buffer(f"{name}{number}", values)
 
     def layer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Kernel, biases and scales: an output is (bias + sum) * scale."""
+        """Kernel, biases and scales of a layer: its output is (bias + sum) * scale."""
         return tuple(getattr(self, f"{name}{number}") for name in ("kernel", "bias", "scale"))
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)
-        if self.layers == 3:
-            features = self.hidden(features)
-        return self.logits(features, images)
+        return self.logits(self.hidden(features) if self.layers == 3 else features, images)
 
     def logits(self, features: Tensor, images: Tensor) -> Tensor:
-        """Of the last features; NaN for an image with a NaN, which has no integer."""
+        """Logits from the last features; NaN for an image with a NaN, which has no integer."""
         unknown = images.flatten(1).amax(1).isnan()[:, None]
         return self.output(features).masked_fill_(unknown, torch.nan)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the fully connected layers get, integers (B, 49 * channels), the channels last."""
+        """Inputs of the first fully connected layer, integers (B, 49 * channels), channels last."""
         check_shape(images)
         pixels = apply_thresholds(images.float(), self.thresholds) * UNIT
         values = pixels.nan_to_num(0).round().clamp(-PIXEL_LIMIT, PIXEL_LIMIT)
@@ -121,27 +124,15 @@ def is_finite(network: nn.Module) -> bool:
     return all(values.isfinite().all() for values in network.state_dict().values())
 
 
-def _unit(norm: nn.BatchNorm2d, integers: Integers) -> float:
-    """Steps in which the features after a normalisation are counted."""
-    largest = (norm.bias + integers.spread * norm.weight.abs()).max().item()
-    return integers.limit / max(largest, 1e-6)
-
-
 def _layer(
-    weights: Tensor, bias: Tensor, limit: int, unit: float, out: float, dtype: torch.dtype
-) -> tuple:
-    """Integers like `weights`, biases and scales, float32 (C,).
+    weights: Tensor, bias: Tensor, limit: int, unit: float, out_unit: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel of type `dtype` like `weights` (C, ...), biases and scales, float32 (C,).
 
-    Args:
-        weights: (C, ...), float32.
-        bias: (C,).
-        limit: of the inputs.
-        unit: steps in which the inputs are counted.
-        out: steps in which the outputs are to be counted.
-        dtype: of the integers, int16 or int8.
+    Inputs are counted in `unit` steps per unit, up to `limit`; outputs in `out_unit` steps.
     """
     rows = weights.double().flatten(1)
-    # What rounding adds, half a step a weight at most, must fit as well.
+    # Rounding moves every weight by up to half a step, which must fit as well.
     room = (2**31 - 1) // limit - rows.shape[1] / 2
     if room <= 0:
         raise ValueError(f"A layer with {rows.shape[1]:,} inputs is too wide for integers.")
@@ -149,21 +140,17 @@ def _layer(
     if dtype == torch.int8:
         sums = summed_in_16_bits(weights.double()).abs().sum(-1)
         steps = steps.minimum(((2**15 - 1) // limit - SUMMED / 2) / sums.flatten(1).amax(1))
-    # Of a channel with hardly any weights its biases must not become infinite.
+    # The biases of a channel with tiny weights must not become infinite.
     steps = steps.nan_to_num(1.0, posinf=1e20).clamp(max=1e20)
     kernel = (rows * steps[:, None]).round().to(dtype).view(weights.shape)
-    return kernel, (bias.double() * unit * steps).float(), (out / (unit * steps)).float()
-
-
-# Products with 8 bits that are added up in 16.
-SUMMED = 8
+    return kernel, (bias.double() * unit * steps).float(), (out_unit / (unit * steps)).float()
 
 
 def summed_in_16_bits(weights: Tensor) -> Tensor:
-    """The weights (C, ...) whose products `native.c` adds up in 16 bits: (C, ..., SUMMED).
+    """The weights (C, ...) in groups that `native.c` adds up in 16 bits: (C, ..., SUMMED).
 
-    Of 16 in a row every other pair. A row of a kernel (C, inputs, 5, 5) has 5 * inputs weights, and
-    zeros to the next multiple of 16.
+    16 neighbouring weights of a row make two groups: pairs 1, 3, 5, 7 and pairs 2, 4, 6, 8. A row
+    of a kernel (C, inputs, 5, 5) has 5 * inputs weights, and zeros up to a multiple of 16.
     """
     rows = weights.permute(0, 2, 3, 1).flatten(2) if weights.dim() == 4 else weights
     rows = F.pad(rows, (0, -rows.shape[-1] % (2 * SUMMED)))

@@ -1,4 +1,4 @@
-"""What tells a stock network, which may run in another form, from one that a user has changed."""
+"""Tells an unaltered network, which may run in another form, from one that a user has changed."""
 
 import functools
 from collections.abc import Iterator
@@ -10,27 +10,21 @@ from torch import Tensor, nn
 from src.checks import evaluation_mode, same
 from src.engine.parts import TOLERANCES
 
-# Wrappers that answer as the module in this attribute does.
+# Wrappers that answer as the module inside does, and the attribute that holds it.
 _WRAPPERS = {
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.optim.swa_utils.AveragedModel": "module",
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
 }
-# Where a module keeps its hooks: forward and backward, before and after, of its state.
+# The attributes in which a module keeps its hooks of all kinds.
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("hooks")]
-# Hooks on every module there is. The dictionaries never change their places.
-_GLOBAL_HOOKS = [
-    hooks
-    for name, hooks in vars(nn.modules.module).items()
-    if name.startswith(("_global_forward", "_global_backward")) and name.endswith("hooks")
-]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `DataParallel`, `AveragedModel`, `torch.compile` and the like.
 
-    A wrapper with hooks, or of a class of its own, is not seen through.
+    A wrapper with hooks, or of another class, is returned as it is.
     """
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if kind not in _WRAPPERS or has_hooks(model):
@@ -39,29 +33,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks of any kind hang on this very module."""
+    """Whether hooks of any kind hang on the module itself."""
     return any(map(vars(module).get, _HOOKS))
 
 
 def alteration(network: nn.Module) -> str:
-    """What a network has that its class does not give it, as in "it has hooks"; "" for nothing.
+    """What is different from a network just made, as in "it has hooks"; "" if nothing is.
 
-    A class vouches for its instances if it defines `inference_form` itself: what inherits it may
-    have another forward pass. `config` must hold the arguments that make the network.
+    Only a class that defines `inference_form` itself has unaltered networks: a subclass may have
+    another forward pass. `config` must hold the arguments that make the network.
     """
     if "inference_form" not in vars(type(network)):
         return f"it is a {type(network).__name__}"
-    if any(_GLOBAL_HOOKS):
+    if nn.modules.module._has_any_global_hook():
         return "there are hooks on all modules"
-    modules = list(network.named_modules(remove_duplicate=False))
-    for name, module in modules:
+    for name, module in network.named_modules(remove_duplicate=False):
         if has_hooks(module):
             return f"it has hooks on {name or 'itself'}"
     try:
-        expected = _made(type(network), _frozen(network.config))
+        config = ((k, tuple(v) if isinstance(v, list) else v) for k, v in network.config.items())
+        expected = _structure_as_made(type(network), tuple(config))
     except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError):
         return "its 'config' does not describe it"
-    found = dict(_contents(*named) for named in modules)
+    found = _structure(network)
     for name in expected | found:
         if expected.get(name) != found.get(name):
             return f"{name or 'the network itself'} was changed"
@@ -70,41 +64,35 @@ def alteration(network: nn.Module) -> str:
         return f"it is in {', '.join(sorted({str(value.dtype) for value in values}))}"
     if len({value.device for value in values}) > 1:
         return "it is on several devices"
-    return (
-        "" if are_thresholds(network.thresholds) else f"its thresholds are {network.thresholds!r}"
-    )
+    thresholds = network.thresholds
+    return "" if are_thresholds(thresholds) else f"its thresholds are {thresholds!r}"
 
 
 def is_untouched(network: nn.Module) -> bool:
-    """Whether a network consists of stock layers in stock places, in float32, without hooks."""
+    """Whether a network has its original layers in their places, in float32, without hooks."""
     return not alteration(network)
 
 
-def _contents(name: str, module: nn.Module) -> tuple:
-    """A module's name, and all but numbers that its answers depend on."""
-    kind = type(module)
-    tensors = [*module._parameters.items(), *module._buffers.items()]
-    tensors = [(key, type(value), getattr(value, "shape", None)) for key, value in tensors]
-    # Methods that the instance has instead of its class.
-    replaced = vars(module).keys() & _attributes(kind)
-    return name, (kind, module.extra_repr(), tensors, replaced)
+def _structure(network: nn.Module) -> dict[str, tuple]:
+    """Per module, by name, everything that its answers depend on, except numbers."""
+    structure = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        tensors = [(key, type(value), getattr(value, "shape", None)) for key, value in tensors]
+        # Methods that were replaced on the instance.
+        replaced = vars(module).keys() & _class_attributes(type(module))
+        structure[name] = (type(module), module.extra_repr(), tensors, replaced)
+    return structure
 
 
-@functools.cache
-def _attributes(kind: type) -> frozenset:
-    return frozenset(dir(kind))
-
-
-def _frozen(config: dict) -> tuple:
-    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in config.items())
+_class_attributes = functools.cache(lambda kind: frozenset(dir(kind)))
 
 
 @functools.lru_cache(64)
-def _made(kind: type, config: tuple) -> dict:
-    """`_contents` of a network just made, without memory for its weights."""
+def _structure_as_made(kind: type, config: tuple) -> dict[str, tuple]:
+    """The structure of a network just made; its weights take no memory."""
     with torch.device("meta"):
-        network = kind(**dict(config))
-    return dict(_contents(*named) for named in network.named_modules(remove_duplicate=False))
+        return _structure(kind(**dict(config)))
 
 
 def are_thresholds(thresholds) -> bool:
@@ -120,8 +108,8 @@ def are_thresholds(thresholds) -> bool:
 def agrees(form: nn.Module, network: nn.Module, precision: str) -> bool:
     """Whether a form answers like `network.forward`, up to its rounding, on images and noise.
 
-    In relation to the largest logit or bias: with the spread of the logits for a measure, networks
-    whose logits hardly move would be taken for altered.
+    Differences are measured against the largest logit plus the largest bias. Measured against the
+    spread of the logits, a network whose logits hardly vary would seem altered.
     """
     images = _probe().to(network.output.weight.device)
     with evaluation_mode(network), torch.autocast(images.device.type, enabled=False):
@@ -132,7 +120,7 @@ def agrees(form: nn.Module, network: nn.Module, precision: str) -> bool:
 
 @functools.cache
 def _probe() -> Tensor:
-    """16 images (16, 1, 28, 28), half of them under noise."""
+    """16 images (16, 1, 28, 28) of random pixels, half of them with noise added."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
         images = torch.rand((16, 1, 28, 28), generator=generator)
@@ -142,11 +130,11 @@ def _probe() -> Tensor:
 
 @contextmanager
 def evaluation_form(model: nn.Module, *, probe: bool = False) -> Iterator[nn.Module]:
-    """The form in which a model is best evaluated and attacked; it must not outlive the block.
+    """The fastest form in which to evaluate and attack a model; use it only inside the block.
 
-    A ConvNN as it was made offers one (`attacked_form`), in bfloat16 under autocast, else in
-    float32. Another model is put in evaluation mode until the block ends; so is a ConvNN that was
-    altered after it was made and, if `probe`, one whose forward pass gives other answers.
+    An unaltered ConvNN gives its `attacked_form`: in bfloat16 under autocast, else in float32.
+    Any other model is itself, in evaluation mode until the block ends. With `probe`, so is a
+    ConvNN whose forward pass gives other answers than the form.
     """
     network = unwrapped(model)
     if is_untouched(network):

@@ -1,7 +1,7 @@
-"""Noise keyed by seed and image, and the votes that a network casts under it."""
+"""The noise of a certificate, fixed by seed and image, and the votes that are cast under it."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,114 +12,102 @@ from torch import Tensor
 
 from src.checks import checked_logits, predicted
 
-# Part of the key of every draw, so that no two stages of one certificate share noise.
+# Part of the seed of every draw: no two stages of one certificate share noise.
 STAGES = {"select": 0, "estimate": 1, "predict": 2}
 
 
 class Workers(NamedTuple):
-    """A `map` over tasks and the number of tasks it works on at once."""
+    """A `map` over tasks, and the number of tasks that it works on at once."""
 
     map: Callable
     number: int
 
 
+# One task after another.
 IN_TURN = Workers(map, 1)
 
 
-def count_votes(
-    network: Callable[[Tensor], Tensor],
-    image: Tensor,
-    n: int,
-    sigma: float,
-    num_classes: int,
-    stream: tuple[int, str],
-    batch_size: int | None = None,
-    workers: Workers = IN_TURN,
-    start: int = 0,
-) -> np.ndarray:
-    """Votes of `network` on `n` copies of one image under Gaussian noise.
+class NoisyImage(NamedTuple):
+    """One image under Gaussian noise, and the network that votes on its noisy copies.
 
-    The first copies are the same whatever `n`, the batch size and the number of workers.
-    Memory does not grow with `n`.
-
-    Args:
-        network: images (B, 1, 28, 28) -> logits (B, num_classes).
-        image: (1, 28, 28), on the device of the network.
-        n: number of copies.
-        sigma: standard deviation of the noise, in pixel units.
-        num_classes: number of logits.
-        stream: `image_key` and one of `STAGES`, which determine the noise.
-        batch_size: at most so many copies pass through the network at once.
-        workers: who shares the blocks of noise.
-        start: leave out the first so many copies, a multiple of 2,048.
-
-    Returns:
-        int64 (num_classes,); a NaN among the logits is a vote for none of them.
-
-    Raises:
-        ValueError: if the network returns logits of another shape.
+    The first copies are the same whatever their number, the batch size and the workers.
+    Memory does not grow with the number of copies. The methods raise ValueError if the network
+    returns logits of another shape.
     """
-    size = _block_size(image.device)
-    blocks = range(start // size, -(-n // size))
-    shares = [blocks[first :: workers.number] for first in range(workers.number)]
 
-    def vote(share: range) -> np.ndarray:
-        counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=image.device)
-        with torch.no_grad():
-            for copies in _noisy_blocks(image, share, n, sigma, stream):
-                for batch in copies.split(batch_size or size):
-                    _add_votes(counts, network(batch), len(batch))
-        return counts.cpu().numpy()
+    network: Callable[[Tensor], Tensor]  # (B, 1, 28, 28) -> logits (B, num_classes)
+    num_classes: int
+    image: Tensor  # (1, 28, 28), on the device of the network
+    key: int  # `image_key`; together with the stage it determines the noise
+    sigma: float  # standard deviation of the noise, in pixel units
+    batch_size: int | None = None  # at most this many copies pass through the network at once
 
-    return sum(workers.map(vote, shares))[:num_classes]
+    def votes(self, stage: str, n: int, workers: Workers = IN_TURN) -> np.ndarray:
+        """Votes on `n` noisy copies: int64 (num_classes,).
 
+        A NaN among the logits is a vote for none of the classes.
 
-def running_votes(
-    network: Callable[[Tensor], Tensor],
-    image: Tensor,
-    looks: Sequence[int],
-    sigma: float,
-    num_classes: int,
-    stream: tuple[int, str],
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (look, votes of the first `look` copies) for each of the ascending `looks`.
+        Args:
+            stage: one of `STAGES`.
+            n: number of copies.
+            workers: who shares the work.
+        """
+        blocks = range(-(-n // _block_size(self.image.device)))
 
-    No copy is drawn before its look is asked for. Arguments as for `count_votes`.
-    """
-    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=image.device)
-    blocks = _noisy_blocks(image, itertools.count(), looks[-1], sigma, stream)
-    done, copies = 0, image[:0]
-    for look in looks:
-        while done < look:
-            copies = copies if len(copies) else next(blocks)
-            batch, copies = copies[: look - done], copies[look - done :]
-            with torch.no_grad():
-                _add_votes(counts, network(batch), len(batch))
-            done += len(batch)
-        yield look, counts[:num_classes].cpu().numpy()
+        def count(share: Iterable[int]) -> np.ndarray:
+            counts = self._zeros()
+            for copies in self._draw(stage, share, n):
+                for batch in copies.split(self.batch_size or len(copies)):
+                    self._add_votes(counts, batch)
+            return counts.cpu().numpy()
 
+        shares = [blocks[first :: workers.number] for first in range(workers.number)]
+        return sum(workers.map(count, shares))[:-1]
 
-def _noisy_blocks(image, blocks, n, sigma, stream):
-    """Yield these blocks of noisy copies (size, 1, 28, 28), the last one as far as `n` goes."""
-    size = _block_size(image.device)
-    generator = torch.Generator(image.device)
-    noise = torch.empty((size, *image.shape), device=image.device)
-    for block in blocks:
-        # A whole block is drawn even if a part is used: the draws must not depend on n.
-        noise.normal_(0, sigma, generator=generator.manual_seed(block_seed(*stream, block)))
-        yield noise[: n - block * size].add_(image)
+    def running_votes(self, stage: str, looks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (look, votes on the first `look` copies) for each of the ascending `looks`.
 
+        No copy is drawn before its look is asked for.
+        """
+        counts, copies, done = self._zeros(), self.image[:0], 0
+        blocks = self._draw(stage, itertools.count(), looks[-1])
+        for look in looks:
+            while done < look:
+                copies = copies if len(copies) else next(blocks)
+                batch, copies = copies[: look - done], copies[look - done :]
+                self._add_votes(counts, batch)
+                done += len(batch)
+            yield look, counts[:-1].cpu().numpy()
 
-def _add_votes(counts: Tensor, logits: Tensor, expected: int) -> None:
-    """Add the votes of a batch to `counts` (num_classes + 1,), whose last entry counts NaNs."""
-    num_classes = len(counts) - 1
-    if isinstance(logits, Tensor) and logits.shape != (expected, num_classes):
-        raise ValueError(
-            f"'base_classifier' returned logits of shape {tuple(logits.shape)}; "
-            f"expected ({expected}, {num_classes}), the second being 'num_classes'."
-        )
-    vote = predicted(checked_logits(logits, expected, name="base_classifier"), num_classes)
-    counts.scatter_add_(0, vote, torch.ones_like(vote))
+    def _draw(self, stage: str, blocks: Iterable[int], n: int) -> Iterator[Tensor]:
+        """Yield the noisy copies (size, 1, 28, 28) of these blocks, up to copy `n` of the image.
+
+        All noise of all certificates is drawn here.
+        """
+        size = _block_size(self.image.device)
+        generator = torch.Generator(self.image.device)
+        noise = torch.empty((size, *self.image.shape), device=self.image.device)
+        for block in blocks:
+            generator.manual_seed(block_seed(self.key, stage, block))
+            # Always a whole block, even if only a part is used: the draws must not depend on n.
+            noise.normal_(0, self.sigma, generator=generator)
+            yield noise[: n - block * size].add_(self.image)
+
+    def _zeros(self) -> Tensor:
+        """Counts per class; the last entry counts the NaNs."""
+        return torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self.image.device)
+
+    @torch.no_grad()
+    def _add_votes(self, counts: Tensor, batch: Tensor) -> None:
+        logits, expected = self.network(batch), (len(batch), self.num_classes)
+        if isinstance(logits, Tensor) and logits.shape != expected:
+            raise ValueError(
+                f"'base_classifier' returned logits of shape {tuple(logits.shape)}; "
+                f"expected {expected}, the second being 'num_classes'."
+            )
+        logits = checked_logits(logits, len(batch), name="base_classifier")
+        vote = predicted(logits, none=self.num_classes)
+        counts.scatter_add_(0, vote, torch.ones_like(vote))
 
 
 def image_key(seed: int, index: int) -> int:
@@ -128,10 +116,10 @@ def image_key(seed: int, index: int) -> int:
 
 
 def block_seed(key: int, stage: str, block: int) -> int:
-    """Seed of one block of noise: distinct for all blocks of all stages of one image.
+    """Seed of one block of noise; all blocks of all stages of one image have different seeds.
 
-    The finaliser of MurmurHash3, a bijection on 32 bits, which is as much as the Mersenne
-    Twister of torch's CPU generator takes in.
+    This is the last step of MurmurHash3, which maps 32 bits one to one. The generator of torch
+    on the CPU (a Mersenne Twister) takes in 32 bits and no more.
     """
     value = (4 * block + STAGES[stage]) ^ key
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -140,18 +128,18 @@ def block_seed(key: int, stage: str, block: int) -> int:
 
 
 def _block_size(device: torch.device) -> int:
-    """Copies of an image whose noise is drawn in one go, and the default batch."""
-    # 128 copies and their first features stay in a core's second-level cache.
+    """Number of copies whose noise is drawn at once; it is also the default batch size."""
+    # 128 copies and their first features fit into the second-level cache of a core.
     return 128 if device.type == "cpu" else 2048
 
 
 @contextmanager
-def single_threaded_workers():
-    """As many workers as torch has threads, each with one thread of its own.
+def single_threaded_workers() -> Iterator[Workers]:
+    """As many workers as torch has threads; each works with one thread.
 
-    Drawing normals is single-threaded in torch and small convolutions share badly between
-    threads, so whole blocks in parallel keep the cores busier. It also makes the votes
-    independent of the number of threads.
+    torch draws normals with a single thread, and small convolutions gain little from several.
+    Whole blocks of noise in parallel keep the cores busier. The votes then do not depend on the
+    number of threads either.
     """
     threads = torch.get_num_threads()
     try:
