@@ -618,7 +618,7 @@ def test_auto_takes_the_fastest_device(monkeypatch, cuda, mps, expected):
 def test_several_processes_do_without_mps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr("src.utils.processes", lambda: 2)
+    monkeypatch.setattr("src.utils.process_count", lambda: 2)
     assert get_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="'mps' is not available; use cpu or auto"):
         get_device("mps")
