@@ -132,7 +132,9 @@ def _read_other_names(root: Path, names: Iterable[str]) -> dict[str, bytes]:
         stems = (name, name.replace("-idx", ".idx"))
         paths = [f / f"{stem}{end}" for f in folders for stem in stems for end in ("", ".gz")]
         contents = {path: _read(path, FILES[name].size) for path in paths}
-        found |= {name: content for content in contents.values() if _matches(name, content)}
+        for content in contents.values():
+            if _matches(name, content):
+                found[name] = content
         others = [path for path in paths if _is_idx(contents[path], FILES[name].size)]
         if others and (name not in found or others[0] == paths[0]):
             raise FileExistsError(
