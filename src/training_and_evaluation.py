@@ -125,7 +125,11 @@ def train_model(
         raise ValueError(f"'optimizer' is {optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
-    batch_size = _shared_batch_size(min(batch_size, len(dataset)))
+    batch_size = min(batch_size, len(dataset))
+    if batch_size % (count := processes.process_count()):
+        raise ValueError(
+            f"'batch_size' = {batch_size} must be a multiple of the number of processes, {count}."
+        )
     if not processes.is_main():
         # Noise of its own. The first process draws the noise of a run without torchrun.
         torch.manual_seed(processes.own_seed(seed))
@@ -208,16 +212,6 @@ def _check_training(model, dataset, epochs, batch_size, numbers, averaging) -> N
         check_number(name, value, positive=name == "learning_rate")
     if not 0 <= averaging < 1:
         raise ValueError(f"'averaging' = {averaging} must be at least 0 and below 1.")
-
-
-def _shared_batch_size(size: int) -> int:
-    """`size`, if the processes can share a batch equally."""
-    count = processes.process_count()
-    if size % count:
-        raise ValueError(
-            f"'batch_size' = {size} must be a multiple of the number of processes, {count}."
-        )
-    return size
 
 
 @torch.no_grad()
