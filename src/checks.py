@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules share; every error names the argument."""
+"""Checks of arguments and models that several modules share; an error names the argument."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ NORMS = ("linf", "l2")
 
 
 def check_images(images: Tensor, *, dims: tuple[int, ...] = (4,)) -> None:
-    """Raise ValueError unless `images` is a floating tensor of that rank with pixels in [0, 1]."""
+    """Raise ValueError unless `images` is floating, in [0, 1] and has one of the ranks `dims`."""
     if not isinstance(images, Tensor):
         raise ValueError(f"'images' must be a tensor, not {type(images).__name__}.")
     if not images.is_floating_point():
@@ -23,11 +23,9 @@ def check_images(images: Tensor, *, dims: tuple[int, ...] = (4,)) -> None:
             "(for bytes: images.float() / 255)."
         )
     if images.dim() not in dims or 0 in images.shape[1:]:
-        raise ValueError(
-            f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28)"
-            + (" or (1, 28, 28)." if 3 in dims else ".")
-        )
-    # A NaN fails both comparisons, so this catches it as well.
+        expected = "(B, 1, 28, 28)" + " or (1, 28, 28)" * (3 in dims)
+        raise ValueError(f"'images' has shape {tuple(images.shape)}; expected {expected}.")
+    # A NaN fails both comparisons.
     if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
         raise ValueError("'images' has values outside [0, 1] or NaN; scale the pixels to [0, 1].")
 
@@ -50,7 +48,7 @@ def check_labels(labels: Tensor, count: int, *, name: str = "labels") -> None:
 
 
 def check_tensors(dataset: TensorDataset) -> None:
-    """Raise ValueError unless `dataset` is a TensorDataset, of whatever tensors."""
+    """Raise ValueError unless `dataset` is a TensorDataset."""
     if not hasattr(dataset, "tensors"):
         raise ValueError(
             f"'dataset' must be a TensorDataset, not {type(dataset).__name__}; build it by "
@@ -59,15 +57,14 @@ def check_tensors(dataset: TensorDataset) -> None:
 
 
 def check_dataset(dataset: TensorDataset, *, empty: bool = True) -> None:
-    """Raise ValueError unless images and labels of `dataset` are such as the attacks take.
+    """Raise ValueError unless `dataset` is a TensorDataset of valid images and labels.
 
-    That is a TensorDataset of images (N, C, H, W) in [0, 1] and int64 labels (N,); N may be 0 if
-    `empty`.
+    Images are (N, C, H, W) in [0, 1], labels int64 (N,). N may be 0 only if `empty`.
     """
     check_tensors(dataset)
     if len(dataset.tensors) != 2:
         given = len(dataset.tensors)
-        raise ValueError(f"'dataset' must be a TensorDataset of images and labels, not of {given}.")
+        raise ValueError(f"'dataset' must have two tensors, images and labels, not {given}.")
     images, labels = dataset.tensors
     check_images(images)
     check_labels(labels, len(images))
@@ -86,10 +83,10 @@ def check_classes(labels: Tensor, classes: int) -> None:
 def checked_logits(
     logits: Tensor, count: int, labels: Tensor | None = None, *, name: str = "model"
 ) -> Tensor:
-    """`logits`, what the argument `name` returned, if a verdict on `count` images can be read off.
+    """`logits`, which the model in the argument `name` returned for `count` images.
 
     Raises:
-        ValueError: unless they are a floating tensor (count, K), K at least 2 and above `labels`.
+        ValueError: unless they are floating (count, K), with K >= 2 and above all `labels`.
     """
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -108,8 +105,8 @@ def checked_logits(
 
 
 def predicted(logits: Tensor, none: int = -1) -> Tensor:
-    """The class of each row of logits (B, K), int64 (B,); `none` where one is NaN: never right."""
-    # max propagates a NaN, where argmax would elect it.
+    """The class of each row of logits (B, K), int64 (B,); `none`, which is no class, with a NaN."""
+    # max returns NaN if there is one; argmax would choose its class.
     highest, chosen = logits.max(dim=1)
     return chosen.masked_fill(highest.isnan(), none)
 
@@ -124,7 +121,7 @@ def check_ball(epsilon: float, norm: str) -> None:
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
     """Raise ValueError unless `value` is finite and at least 0 (above 0 if `positive`)."""
     try:
-        # float("0.3") is a number, but the string fails in the arithmetic later on.
+        # float("0.3") would work here, but the string fails in later arithmetic.
         value = float(None if isinstance(value, str) else value)
     except (TypeError, ValueError):
         raise ValueError(f"'{name}' must be a number, not {value!r}.") from None
@@ -147,8 +144,7 @@ def check_count(name: str, value: int, minimum: int = 1) -> None:
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Put every submodule in evaluation mode, and back in its own mode afterwards.
 
-    `model.train(was_training)` would not do: it forces one mode upon submodules that a user
-    may have frozen one by one.
+    `model.train(mode)` would give all submodules one mode, also those that a user has frozen.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -161,19 +157,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def check_function(model: nn.Module, images: Tensor, *, may_change: bool = False) -> None:
-    """Raise ValueError unless `model` answers an image alone as in a batch, and again the same.
+    """Raise ValueError unless each image has one answer: alone, in a batch, and when asked again.
 
-    A few of the `images` are asked about, among random ones. Differences of rounding are allowed.
+    The model is given up to four of the images, among random ones. Rounding differences are
+    allowed.
 
     Args:
         model: images -> logits (B, classes), run in evaluation mode.
-        images: (B, ...) in [0, 1], where the model is.
-        may_change: only warn if an answer changes between two calls.
+        images: (B, ...) in [0, 1], on the device of the model.
+        may_change: only warn if the answer changes when asked again.
     """
     few = images[:4]
     if not len(few):
         return
-    # A seed that nobody else takes: others must not be the very same images.
+    # An unusual seed, so that a caller's random images are not the same.
     others = torch.rand(few.shape, generator=torch.Generator().manual_seed(0xC0FFEE))
     batch = torch.cat([few, others.to(few)])
     devices = [images.device] if images.is_cuda else []
@@ -184,7 +181,7 @@ def check_function(model: nn.Module, images: Tensor, *, may_change: bool = False
             f"'model' returned a {type(first).__name__}; expected logits (B, classes)."
         )
     if first.dim() != 2 or len(first) != len(batch):
-        # Left to those who use the logits, who know what they expect.
+        # `checked_logits` refuses these later, with a better message.
         return
     rounding = _rounding(first)
     if not same(again, first, rounding):
@@ -203,20 +200,20 @@ def check_function(model: nn.Module, images: Tensor, *, may_change: bool = False
 
 
 def same(found: Tensor, expected: Tensor, tolerance: Tensor) -> bool:
-    """Whether two tensors are equal up to `tolerance`; NaN is equal to NaN."""
+    """Whether two tensors are equal up to `tolerance`; NaN equals NaN."""
     equal = (found == expected) | (found.isnan() & expected.isnan())
     return bool((equal | ((found - expected).abs() <= tolerance)).all())
 
 
 def _rounding(logits: Tensor) -> Tensor:
-    """By how much rounding may move the logits (B, classes) of each class, (classes,)."""
-    exact = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 0.0
+    """How far rounding may move the logits (B, classes), for each class: (classes,)."""
+    unit = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 0.0
     if torch.is_autocast_enabled(logits.device.type):
-        exact = torch.finfo(torch.bfloat16).eps
+        unit = torch.finfo(torch.bfloat16).eps
     elif logits.is_cuda:
         # Convolutions may run in TF32, with 10 bits.
-        exact = max(exact, 2**-10)
+        unit = max(unit, 2**-10)
     finite = logits.nan_to_num(0, 0, 0)
     spread = (finite.amax(0) - finite.amin(0)).max()
-    # Of each class: a constant -1e9 for one must not hide what the others do.
-    return exact**0.5 * spread + 64 * exact * finite.abs().amax(0)
+    # For each class: a constant -1e9 in one must not hide changes in the others.
+    return unit**0.5 * spread + 64 * unit * finite.abs().amax(0)

@@ -30,6 +30,8 @@ from src.verdicts import right, with_gradients
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# Columns of an epoch's row that the progress bar leaves out.
+_NOT_IN_BAR = ("epoch", "seconds")
 
 
 def standard_loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,10 +43,10 @@ def standard_loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Ten
 def adversarial_loss(
     model: nn.Module, images: Tensor, labels: Tensor, *, attack: Attack
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and logits at the attacked images.
+    """Mean cross-entropy and logits at the images that `attack(model, images, labels)` returns.
 
-    The inner maximum of min_theta E max_delta L(f_theta(x + delta), y) (Madry et al., ICLR
-    2018), with `attack` standing in for it.
+    Adversarial training is min_theta E max_delta L(f_theta(x + delta), y) (Madry et al., ICLR
+    2018); `attack` approximates the inner maximum.
     """
     return standard_loss(model, attack(model, images, labels), labels)
 
@@ -67,130 +69,147 @@ def train_model(
     optimizer: str = "adamw",
     recorded: bool = False,
     seed: int = 0,
-    device: str | torch.device | None = None,
     watch: Callable[[nn.Module], dict[str, float]] | None = None,
     select: str | None = None,
     progress: bool = True,
 ) -> dict:
-    """Train in place with AdamW or Muon on one cycle of the learning rate (Smith, 2018).
+    """Train in place with AdamW or Muon and one cycle of the learning rate (Smith, 2018).
 
-    The model ends with the running average of its weights (Polyak and Juditsky, 1992), in
-    evaluation mode; or with those of the best epoch, if `select` is given. Started by torchrun,
-    the processes share each batch and end with the same weights.
+    Afterwards the model is in evaluation mode and has the running average of its weights (Polyak
+    and Juditsky, 1992), of the last epoch or, with `select`, of the best one. The processes of
+    torchrun share each batch and end with the same weights.
 
     Args:
-        model: images -> logits (B, classes).
+        model: images -> logits (B, classes). It is trained on the device where it is.
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         loss: (model, images, labels) -> mean loss and logits.
-        epochs: passes over the data set; the last incomplete batch of each is left out.
-        loss_schedule: progress in [0, 1) -> loss, in place of a fixed one.
-        batch_size: images an update.
-        learning_rate: at its peak.
+        epochs: passes over the data set. Each leaves out its last incomplete batch.
+        loss_schedule: progress in [0, 1) -> loss, in place of `loss`.
+        batch_size: images per update.
+        learning_rate: its highest value in the cycle.
         weight_decay: of AdamW and Muon.
         shift: largest random translation of a training image, in pixels.
-        warp: largest entry of its random linear distortion (`random_warp`); 0.1 turns, shears and
+        warp: largest entry of the random linear distortion (`random_warp`); 0.1 turns, shears and
             stretches by up to a tenth.
-        averaging: decay of the running average of the weights, an update; 0 for none.
+        averaging: decay of the running average per update; 0 for no averaging.
         precision: "float32", or "bfloat16" for convolutions and matrix products (autocast, and
-            those inside Muon), with weights and statistics in float32: faster on processors with
-            units for it.
-        optimizer: "adamw", or "muon" for the weights between the first and the last layer
-            (`src/muon.py`): more is learnt in as many epochs, each about a tenth longer.
-        recorded: on CUDA, record loss and gradients of an update once and replay them, which spares
-            Python's time (`src/cuda_graph.py` says what the loss must keep to); `loss_schedule`
-            then gets a tensor without dimensions. No effect elsewhere.
+            inside Muon), with weights and statistics in float32. That is faster on processors with
+            units for bfloat16.
+        optimizer: "adamw", or "muon" for the weights between the first and the last layer. Muon
+            learns more per epoch, and an epoch takes about a tenth longer.
+        recorded: on CUDA, record loss and gradients of an update once and replay them, which saves
+            Python's time. `Recorded` in `src/optimisation/cuda_graph.py` says what the loss may
+            not do; `loss_schedule` then gets a tensor without dimensions. No effect elsewhere.
         seed: of the order of the images, their shifts and warps. Losses that draw noise use torch's
-            global generator: call `seed_everything` for those.
-        device: where to train; default: where the model is.
-        watch: averaged model -> figures, called after each epoch.
-        select: the figure of `watch` whose highest value picks the epoch to end with.
+            global generator, which `seed_everything` seeds.
+        watch: averaged model -> figures by name, called after each epoch.
+        select: name of the figure of `watch` whose highest value marks the best epoch.
         progress: show a progress bar.
 
     Returns:
-        `step_loss`, `step_accuracy`: lists, one entry an update. `epochs`: a dictionary an
-        epoch, of its number, mean loss and accuracy in training, seconds so far and the
-        figures of `watch`. `best_epoch`: the number of the epoch the model ends with.
+        `step_loss`, `step_accuracy`: lists with one entry per update. `epochs`: one dictionary per
+        epoch with `epoch` (its number, from 1), `train_loss`, `train_accuracy`, `seconds` since the
+        start and the figures of `watch`. `best_epoch`: number of the epoch whose weights are kept.
 
     Raises:
-        ValueError: for an argument out of its range, for a model whose logits do not fit the
-            labels, and for one that has no weights to train (none for Muon, with "muon").
+        ValueError: for an argument out of its range, for logits that do not fit the labels, and for
+            a model without weights to train (for "muon": without weights between two layers).
         RuntimeError: if the loss is no longer finite.
     """
-    _check_training(model, dataset, epochs, batch_size, learning_rate, weight_decay, averaging)
+    numbers = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warp": warp}
+    _check_training(model, dataset, epochs, batch_size, numbers, averaging)
     check_count("seed", seed, 0)
     check_count("shift", shift, 0)
-    check_number("warp", warp)
     check_precision(precision, FLOATS)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"'optimizer' is {optimizer!r}; use one of {', '.join(OPTIMIZERS)}.")
     if select and not watch:
         raise ValueError("'select' needs 'watch', which gives the figures to select by.")
     batch_size = min(batch_size, len(dataset))
-    if batch_size % processes.process_count():
+    if batch_size % (count := processes.process_count()):
         raise ValueError(
-            f"'batch_size' = {batch_size} must be a multiple of the number of processes, "
-            f"{processes.process_count()}."
+            f"'batch_size' = {batch_size} must be a multiple of the number of processes, {count}."
         )
     if not processes.is_main():
-        # Noise of its own: the first process has that of a run alone.
+        # Noise of its own. The first process draws the noise of a run without torchrun.
         torch.manual_seed(processes.own_seed(seed))
     updates = epochs * (len(dataset) // batch_size)
-    device = device or next(model.parameters()).device
-    model.to(device)
-    # All of it, once: MNIST is 190 MB, and shifts and warps are then made on the device as well.
+    # All images at once: MNIST has 190 MB, and shifts and warps are then made on the device too.
+    device = next(model.parameters()).device
     dataset = TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
     _check_network(model, dataset, batch_size)
     processes.share_weights(model)
-    schedule = loss_schedule or (lambda progress: loss)
-    update = updater(
-        model,
-        schedule,
-        updates,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        precision=precision,
-        optimizer=optimizer,
-        recorded=recorded,
-    )
-    averaged = copy.deepcopy(model).eval()
-    history = {"step_loss": [], "step_accuracy": [], "epochs": [], "best_epoch": epochs}
-    best_figure, best_state = -math.inf, None
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    forms = {"precision": precision, "optimizer": optimizer, "recorded": recorded}
+    update = updater(model, loss_schedule or (lambda _: loss), updates, **rates, **forms)
+    kept = _KeptWeights(model, averaging, select)
+    history = {"step_loss": [], "step_accuracy": [], "epochs": []}
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     shown = progress and processes.is_main()
     with progress_bar(shown, total=updates, desc="training", unit="step") as bar:
         for epoch in range(1, epochs + 1):
-            model.train()
-            steps = []
-            for images, labels in shuffled(dataset, batch_size, shift, warp, generator):
-                # Not bar.n: a bar that is switched off does not count.
-                done = len(history["step_loss"]) + len(steps)
-                steps.append(update(images, labels, done / updates))
-                average_weights(averaged, model, min(averaging, (done + 1) / (done + 10)))
-                bar.update()
-            row = _epoch_row(history, epoch, torch.stack(steps))
-            row |= {"seconds": time.perf_counter() - start}
-            row |= processes.from_main(lambda: watch(averaged)) if watch else {}
+            batches = shuffled(dataset, batch_size, shift, warp, generator)
+            # Not bar.n: a bar that is switched off does not count.
+            steps = _train_epoch(update, batches, kept, len(history["step_loss"]), updates, bar)
+            row = _epoch_row(history, epoch, steps) | {"seconds": time.perf_counter() - start}
+            row |= processes.from_main(lambda: watch(kept.averaged)) if watch else {}
             history["epochs"].append(row)
-            if select and select not in row:
-                raise ValueError(f"'select' is {select!r}, which 'watch' does not return.")
-            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in _QUIET})
-            if select and row[select] > best_figure:
-                best_figure, best_state = row[select], copy.deepcopy(averaged.state_dict())
-                history["best_epoch"] = epoch
-    model.load_state_dict(best_state or averaged.state_dict())
-    model.eval()
-    return history
+            kept.choose(row)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in _NOT_IN_BAR})
+    return history | {"best_epoch": kept.load()}
 
 
-def _check_training(model, dataset, epochs, batch_size, learning_rate, weight_decay, averaging):
+class _KeptWeights:
+    """The running average of a model's weights, and a copy of it from the best epoch so far."""
+
+    def __init__(self, model: nn.Module, decay: float, select: str | None):
+        self.model, self.decay, self.select = model, decay, select
+        self.averaged = copy.deepcopy(model).eval()
+        self.epoch, self.highest, self.best_state = 0, -math.inf, None
+
+    def follow(self, done: int) -> None:
+        """Average in the weights after an update; before it there were `done` others."""
+        average_weights(self.averaged, self.model, min(self.decay, (done + 1) / (done + 10)))
+
+    def choose(self, row: dict) -> None:
+        """Copy the average if the epoch of this row is the best so far by the figure `select`."""
+        if self.select and self.select not in row:
+            raise ValueError(f"'select' is {self.select!r}, which 'watch' does not return.")
+        if self.select and row[self.select] > self.highest:
+            self.highest, self.epoch = row[self.select], row["epoch"]
+            self.best_state = copy.deepcopy(self.averaged.state_dict())
+        elif self.best_state is None:
+            self.epoch = row["epoch"]
+
+    def load(self) -> int:
+        """Give the model the best average, or the last one; returns the number of its epoch."""
+        self.model.load_state_dict(self.best_state or self.averaged.state_dict())
+        self.model.eval()
+        return self.epoch
+
+
+def _train_epoch(
+    update: Callable, batches: Iterator, kept: _KeptWeights, done: int, updates: int, bar
+) -> Tensor:
+    """Loss and accuracy (steps, 2) of one epoch's updates; `done` of all `updates` come before."""
+    kept.model.train()
+    steps = []
+    for number, (images, labels) in enumerate(batches, done):
+        steps.append(update(images, labels, number / updates))
+        kept.follow(number)
+        bar.update()
+    return torch.stack(steps)
+
+
+def _check_training(model, dataset, epochs, batch_size, numbers, averaging) -> None:
     check_dataset(dataset, empty=False)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError("'model' has no weights to train; set requires_grad of some.")
     check_count("epochs", epochs)
     check_count("batch_size", batch_size)
-    check_number("learning_rate", learning_rate, positive=True)
-    check_number("weight_decay", weight_decay)
+    for name, value in numbers.items():
+        check_number(name, value, positive=name == "learning_rate")
     if not 0 <= averaging < 1:
         raise ValueError(f"'averaging' = {averaging} must be at least 0 and below 1.")
 
@@ -199,7 +218,7 @@ def _check_training(model, dataset, epochs, batch_size, learning_rate, weight_de
 def _check_network(model: nn.Module, dataset: TensorDataset, batch_size: int) -> None:
     """Raise ValueError unless the logits of a first batch have all the classes of the labels.
 
-    Once and not in every step, which must not wait for the labels on a GPU.
+    Only once: in every step, Python would have to wait for the labels on a GPU.
     """
     images, labels = dataset.tensors
     images = images[:batch_size]
@@ -210,21 +229,18 @@ def _check_network(model: nn.Module, dataset: TensorDataset, batch_size: int) ->
     check_classes(labels, logits.shape[1])
 
 
-_QUIET = ("epoch", "seconds")
-
-
 def _epoch_row(history: dict, epoch: int, steps: Tensor) -> dict:
     """Add the updates (steps, 2) of an epoch to the history and return their means."""
     processes.average([steps])
     history["step_loss"] += steps[:, 0].tolist()
     history["step_accuracy"] += steps[:, 1].tolist()
-    loss, hits = steps.mean(dim=0).tolist()
+    loss, share = steps.mean(dim=0).tolist()
     if not math.isfinite(loss):
         raise RuntimeError(
             f"The loss is no longer finite in epoch {epoch}; lower the learning rate, 'warp', or "
             "the sigma and the weights of the loss, whichever is unusually large."
         )
-    return {"epoch": epoch, "train_loss": loss, "train_accuracy": hits}
+    return {"epoch": epoch, "train_loss": loss, "train_accuracy": share}
 
 
 def accuracy(
@@ -233,27 +249,26 @@ def accuracy(
     *,
     attack: Attack | None = None,
     batch_size: int = 1000,
-    device: str | torch.device | None = None,
 ) -> float:
-    """Fraction of the images classified correctly, each after `attack` if one is given.
+    """Fraction of the images that are classified correctly, after `attack` if one is given.
 
     Args:
-        model: images -> logits (B, classes), run in evaluation mode and left in its own.
+        model: images -> logits (B, classes). It computes where it is, in evaluation mode; its own
+            mode is restored.
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         attack: (model, images, labels) -> images.
-        batch_size: images a batch.
-        device: where to compute; default: where the model is.
+        batch_size: images per batch.
 
     Raises:
-        ValueError: if the data set is empty or not as described, if the logits do not fit its
-            labels, and if `attack` returns anything but images in [0, 1] of the same shape; if the
-            model's answer to an image depends on its batch, or changes from call to call under an
-            attack (without one, that is warned of, but for a SmoothClassifier, which then makes one
-            noisy draw).
+        ValueError: if the data set is empty or not as described; if the logits do not fit its
+            labels; if `attack` returns anything but images in [0, 1] of the same shape; if the
+            model's answer to an image depends on the other images of the batch; and, under an
+            attack, if its answer changes from call to call. Without an attack that is only a
+            warning, and not even that for a SmoothClassifier, which makes one noisy draw.
     """
     check_dataset(dataset, empty=False)
-    hits = correct(model, dataset, attack=attack, batch_size=batch_size, device=device)
-    return hits.double().mean().item()
+    standing = correct(model, dataset, attack=attack, batch_size=batch_size)
+    return standing.double().mean().item()
 
 
 @with_gradients()
@@ -263,14 +278,13 @@ def correct(
     *,
     attack: Attack | None = None,
     batch_size: int = 1000,
-    device: str | torch.device | None = None,
 ) -> Tensor:
     """Whether each image is classified correctly, bool (N,); arguments as for `accuracy`."""
     check_dataset(dataset)
     check_count("batch_size", batch_size)
-    device = device or next(model.parameters(), dataset.tensors[0]).device
-    hits = []
-    # The noise of a SmoothClassifier is meant to change; under attack it would pass for a success.
+    device = next(model.parameters(), dataset.tensors[0]).device
+    standing = []
+    # A SmoothClassifier's noise is intended; under attack it would look like a successful attack.
     noisy = attack is None and getattr(model, "draws_noise", False)
     checked = model.base_classifier if noisy else model
     check_function(checked, dataset.tensors[0][:4].to(device), may_change=attack is None)
@@ -279,8 +293,8 @@ def correct(
             images, labels = images.to(device), labels.to(device)
             if attack is not None:
                 images = attacked_batch(attack, model, images, labels)
-            hits.append(right(network, images, labels).cpu())
-    return torch.cat(hits)
+            standing.append(right(network, images, labels).cpu())
+    return torch.cat(standing)
 
 
 def evaluate_robustness(
@@ -296,13 +310,13 @@ def evaluate_robustness(
     two_sided: bool = False,
     progress: bool = True,
 ) -> Iterator[dict]:
-    """Certify every image of a data set: one row an image, as soon as it is finished.
+    """Certify every image of a data set. The iterator gives one row per image, once it is done.
 
     Args:
         smooth_classifier: the SmoothClassifier to certify.
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         n0, n, alpha, batch_size, seed: as for `SmoothClassifier.certify`.
-        indices: the images of `dataset` to certify; default: all.
+        indices: numbers of the images of `dataset` to certify; default: all.
         two_sided: give the certificate from bounds on both sides as well.
         progress: show a progress bar.
 
@@ -319,35 +333,35 @@ def evaluate_robustness(
     check_dataset(dataset)
     images, labels = dataset.tensors
     check_classes(labels, smooth_classifier.num_classes)
-    settings = {"n0": n0, "n": n, "alpha": alpha}
-    # Here and not in the generator below, whose body starts with the first row asked for.
-    smooth_classifier.certify(
-        images[:0], **settings, batch_size=batch_size, seed=seed, indices=indices[:0]
-    )
+    budget = {"n0": n0, "n": n, "alpha": alpha}
+    options = budget | {"batch_size": batch_size, "seed": seed}
+    # Checks the arguments now; the body of the generator below runs only with its first row.
+    smooth_classifier.certify(images[:0], **options, indices=indices[:0])
+    settings = budget | {"sigma": smooth_classifier.sigma, "seed": seed}
 
     def rows() -> Iterator[dict]:
         bar = progress_bar(progress, indices, desc="certifying", unit="image")
         for index, image, label in zip(bar, images, labels.tolist(), strict=True):
-            certificate = smooth_classifier.certify(
-                image, **settings, batch_size=batch_size, seed=seed, indices=[index]
-            )
-            prediction = int(certificate.prediction)
-            tight = {
-                "rival_count": int(certificate.rival_count),
-                "radius_two_sided": float(certificate.radius_two_sided),
-            }
-            yield {
-                "index": int(index),
-                "label": label,
-                "prediction": prediction,
-                "correct": int(prediction == label),
-                "radius": float(certificate.radius),
-                "p_lower": float(certificate.p_lower),
-                "top_count": int(certificate.top_count),
-                **settings,
-                "sigma": smooth_classifier.sigma,
-                "seed": seed,
-                **(tight if two_sided else {}),
-            }
+            certificate = smooth_classifier.certify(image, **options, indices=[index])
+            yield _certificate_row(int(index), label, certificate, settings, two_sided)
 
     return rows()
+
+
+def _certificate_row(index: int, label: int, certificate, settings: dict, two_sided: bool) -> dict:
+    """The columns of one image's result row."""
+    prediction = int(certificate.prediction)
+    row = {
+        "index": index,
+        "label": label,
+        "prediction": prediction,
+        "correct": int(prediction == label),
+        "radius": float(certificate.radius),
+        "p_lower": float(certificate.p_lower),
+        "top_count": int(certificate.top_count),
+        **settings,
+    }
+    if two_sided:
+        row["rival_count"] = int(certificate.rival_count)
+        row["radius_two_sided"] = float(certificate.radius_two_sided)
+    return row

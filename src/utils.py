@@ -1,4 +1,4 @@
-"""What every script needs first: MNIST as tensors, a device, seeds."""
+"""What every script needs first: MNIST as tensors, parts of it, a device, seeds."""
 
 import hashlib
 import os
@@ -33,7 +33,7 @@ def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:
 
 
 def data_digest(dataset: TensorDataset) -> str:
-    """SHA-256 over images and labels."""
+    """SHA-256 of the tensors of a data set, in hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in dataset.tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -44,9 +44,9 @@ def data_digest(dataset: TensorDataset) -> str:
 def load_training_data(
     root: str | os.PathLike, held_out: int, *, quick: bool = False
 ) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
-    """Training images, the `held_out` last of them kept aside, and test images.
+    """Training images without the last `held_out`, those held-out ones, and test images.
 
-    `quick` takes the first 2,560, 200 and 500 of each, for a smoke run.
+    `quick` takes only the first 2,560, 200 and 500 of them, for a smoke run.
 
     Raises:
         ValueError: unless 1 <= `held_out` < 60,000.
@@ -63,30 +63,28 @@ def load_training_data(
 
 
 def hold_out(dataset: TensorDataset, size: int) -> tuple[TensorDataset, TensorDataset]:
-    """Split off the last `size` examples, on which choices are made: (rest, held out).
+    """Split off the last `size` examples: (rest, held out). Choices are made on the latter.
 
     Raises:
         ValueError: unless 1 <= `size` < len(dataset).
     """
     if not 1 <= size < len(dataset):
         raise ValueError(f"'size' = {size} must be at least 1 and less than {len(dataset)}.")
-    return (
-        TensorDataset(*(tensor[:-size] for tensor in dataset.tensors)),
-        TensorDataset(*(tensor[-size:] for tensor in dataset.tensors)),
-    )
+    slices = (slice(None, -size), slice(-size, None))
+    return tuple(TensorDataset(*(tensor[part] for tensor in dataset.tensors)) for part in slices)
 
 
 def subset(dataset: TensorDataset, indices: Sequence[int] | torch.Tensor) -> TensorDataset:
     """The examples with the given numbers, in that order, as tensors in memory.
 
     Raises:
-        ValueError: if `indices` are not whole numbers from 0 to len(dataset) - 1, and for a data
-            set that is no TensorDataset.
+        ValueError: unless `dataset` is a TensorDataset and `indices` are whole numbers from 0 to
+            len(dataset) - 1.
     """
     check_tensors(dataset)
     given = torch.as_tensor(indices)
     numbers = given.to(torch.int64)
-    # A mask would become the numbers 0 and 1.
+    # A Boolean mask would become the numbers 0 and 1.
     whole = given.dtype != torch.bool and torch.equal(numbers.to(given.dtype), given)
     if not (whole and ((numbers >= 0) & (numbers < len(dataset))).all()):
         raise ValueError(f"'indices' must be whole numbers from 0 to {len(dataset) - 1}.")
@@ -94,9 +92,9 @@ def subset(dataset: TensorDataset, indices: Sequence[int] | torch.Tensor) -> Ten
 
 
 def spread_indices(count: int, size: int) -> list[int]:
-    """`size` of the numbers below `count`, ascending, from the first to the last (`size` 1: 0).
+    """`size` evenly spaced whole numbers from 0 to `count` - 1; all of them if `size` is larger.
 
-    As even as whole numbers can be; all of them if there are no more.
+    A single one is 0.
 
     Raises:
         ValueError: unless `count` is a whole number of at least 0 and `size` one of at least 1.
@@ -113,21 +111,21 @@ def spread(dataset: TensorDataset, size: int) -> TensorDataset:
 
 
 def progress_bar(shown: bool, *args, **options) -> tqdm:
-    """tqdm's bar of these arguments; none without `shown` or where stderr is closed."""
+    """tqdm's bar with these arguments; silent unless `shown`, or if stderr is closed."""
     return tqdm(*args, disable=not shown or sys.stderr is None, **options)
 
 
 def get_device(name: str = "auto") -> torch.device:
     """The device called `name`: "cpu", "cuda", "cuda:1", "mps", or "auto" for the fastest.
 
-    On it float32 is float32 from then on: cuDNN's default is TF32, ten bits of mantissa, and an
-    environment variable or a setting of torch can choose it for products of matrices as well.
-    Several processes do without MPS, whose tensors they cannot exchange.
+    From then on float32 is computed as float32. TF32, with ten bits of mantissa, is the default of
+    cuDNN and may have been chosen for matrix products too. Several processes cannot use MPS, whose
+    tensors they cannot exchange.
 
     Raises:
         ValueError: if this machine has no such device; the message says what it has.
     """
-    # By the old names and the new one: torch fails on reading settings that disagree.
+    # By the old names and the new one: torch fails if they disagree.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.fp32_precision = "ieee"
@@ -149,9 +147,8 @@ def get_device(name: str = "auto") -> torch.device:
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, numpy and torch on every device.
 
-    cuDNN is told to prefer algorithms that give the same bits every time, too.
-
-    torch's generator for the CPU heeds the last 32 bits of `seed` only.
+    cuDNN then also uses algorithms that give the same bits every time. torch's generator for the
+    CPU uses only the last 32 bits of `seed`.
 
     Raises:
         ValueError: unless `seed` is a whole number, 0 <= `seed` < 2**63.
@@ -159,7 +156,7 @@ def seed_everything(seed: int) -> None:
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"'seed' = {seed!r} must be a whole number from 0 to 2**63 - 1.")
     random.seed(int(seed))
-    # Unlike numpy's legacy seed, which stops at 2**32, this takes all of `seed`.
+    # Takes all of `seed`; numpy.random.seed stops at 2**32.
     np.random.set_bit_generator(np.random.MT19937(int(seed)))
     torch.manual_seed(int(seed))
     torch.backends.cudnn.deterministic = True

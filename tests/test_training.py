@@ -298,7 +298,7 @@ def test_processes_share_the_warps_of_one(monkeypatch):
         return list(shuffled(images, **settings, generator=torch.Generator().manual_seed(0)))
 
     alone = batches()
-    monkeypatch.setattr("src.optimisation.processes.processes", lambda: 2)
+    monkeypatch.setattr("src.optimisation.processes.process_count", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr("src.optimisation.processes.rank", lambda rank=rank: rank)
         for (whole, labels), (share, own) in zip(alone, batches(), strict=True):

@@ -199,6 +199,9 @@ FAULTS = {
     "truncated": lambda good: good | {TRAIN_IMAGES: good[TRAIN_IMAGES][:-1]},
     "longer": lambda good: good | {TRAIN_IMAGES: good[TRAIN_IMAGES] + b"\0"},
     "random bytes": lambda good: good | {TEST_IMAGES: random.Random(0).randbytes(7_856)},
+}
+# Whole IDX files, though not those of MNIST by these names.
+OTHER_DATA = {
     "two labels exchanged": lambda good: (
         good | {TEST_LABELS: good[TEST_LABELS][:8] + good[TEST_LABELS][:7:-1]}
     ),
@@ -218,6 +221,28 @@ def test_a_fault_is_told_set_aside_and_mended(tmp_path, small, monkeypatch, caps
     assert read(folder) == small | {f"{name}.bad-1": wrong[name] for name in wrong}
     told = capsys.readouterr().err
     assert all(f"{name} does not match its SHA-256" in told for name in wrong)
+
+
+@pytest.mark.parametrize("fault", OTHER_DATA)
+@pytest.mark.parametrize("copied", [False, True])
+def test_other_data_beside_genuine_files_are_refused_and_kept(
+    tmp_path, small, monkeypatch, fault, copied
+):
+    folder, faulty = tmp_path / "MNIST" / "raw", OTHER_DATA[fault](small)
+    write(folder, faulty)
+    if copied:
+        # A genuine copy elsewhere must not replace them either.
+        write(tmp_path, small)
+    use_sources(monkeypatch, lambda *_: pytest.fail("a source was asked"))
+    with pytest.raises(FileExistsError, match="holds other data"):
+        ensure_mnist(tmp_path)
+    assert read(folder) == faulty
+
+
+def test_other_data_in_another_folder_do_not_matter_where_the_genuine_ones_are(tmp_path, small):
+    write(tmp_path, swap(small, TRAIN_IMAGES, TEST_IMAGES))
+    write(tmp_path / "raw", small)
+    assert read(ensure_mnist(tmp_path)) == small
 
 
 def test_what_was_set_aside_is_never_overwritten(tmp_path, raw, small, monkeypatch):
@@ -618,7 +643,7 @@ def test_auto_takes_the_fastest_device(monkeypatch, cuda, mps, expected):
 def test_several_processes_do_without_mps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr("src.utils.processes", lambda: 2)
+    monkeypatch.setattr("src.utils.process_count", lambda: 2)
     assert get_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="'mps' is not available; use cpu or auto"):
         get_device("mps")

@@ -17,7 +17,6 @@ from src.certification.intervals import (
     average_certified_radius,
     certified_accuracy,
     median_interval,
-    paired_difference_interval,
     population_certified_accuracy_interval,
     possibly_certified,
 )

@@ -1,37 +1,33 @@
 """Confidence bounds, radii and tests behind every certificate (numpy and scipy only).
 
-Bounds and radii are rounded so that they are never better than the real numbers they stand for.
-Arguments broadcast; scalars in give a float64 scalar out.
+Results are rounded to the safe side: a lower bound or a radius is never above its exact value.
+Arguments broadcast. Scalars give a float64 scalar.
 """
+
+import bisect
 
 import numpy as np
 from scipy import special
 
-from src.ranges import (
-    check_counts,
-    check_open_unit,
-    check_positive,
-    check_probability,
-    check_whole,
-)
+from src.ranges import check_counts, check_open_unit, check_positive, check_unit, check_whole
 
 # Units in the last place by which results are rounded to the safe side. `_rounding_error` says
-# what was tried for bounds; against 50 digits, ndtri and ndtr were off by at most 4.
+# how this was tested for bounds. Against 50 digits, ndtri and ndtr were off by at most 4.
 BOUND_GUARD = 64
 NORMAL_GUARD = 16
-# Where scipy still finds its way. Beyond, it answers 1e161, NaN or nothing to many counts.
+# Beyond these limits scipy returns 1e161 or NaN for many counts.
 MIN_ALPHA, MAX_TRIALS = 1e-50, 2**37
 
 
 def lower_confidence_bound(successes, trials, alpha):
     """One-sided lower confidence bound of a probability (Clopper & Pearson, Biometrika 1934).
 
-    The p at which `successes` or more out of `trials` has probability `alpha`, at most their
-    share. Over the draws, the chance that it lies above the true probability is at most `alpha`.
-    Rounded down.
+    The p at which `successes` or more out of `trials` have probability `alpha`, but at most
+    successes / trials. Over the draws, the chance that the bound lies above the true probability
+    is at most `alpha`. Rounded down.
 
     Args:
-        successes, trials: whole numbers, 0 <= successes <= trials. Nothing drawn bounds nothing: 0.
+        successes, trials: whole numbers, 0 <= successes <= trials. Without trials the bound is 0.
             More than 2**37 trials are accepted only if all of them are successes.
         alpha: in [1e-50, 1).
     Returns:
@@ -49,28 +45,28 @@ def lower_confidence_bound(successes, trials, alpha):
         p = np.minimum(_newton(k, n, alpha, np.minimum(_quantile(k, n, alpha), k / n)), k / n)
         p = np.where(k == n, alpha ** (1 / n), p)
         p = p - _rounding_error(k, n, alpha, p)
-        # Where scipy's quantile went astray, nothing is bounded; a NaN does not pass either.
+        # Where scipy's quantile is wrong the bound is 0. A NaN fails the comparisons too.
         sound = (p > 0) & ((k == n) | (_excess(k, n, alpha, p) <= 0))
     return np.where((successes > 0) & sound, p, 0.0)[()]
 
 
 def _quantile(k, n, alpha):
-    """scipy's root, up to 3,500 units in the last place away from that of its own betainc."""
-    low = alpha <= 0.5
-    small = special.betaincinv(k, n - k + 1, alpha, out=None, where=low)
-    return np.where(low, small, special.betainccinv(k, n - k + 1, 1 - alpha, out=None, where=~low))
+    """scipy's root of `_excess`, which is off by up to 3,500 units in the last place."""
+    low, rest = alpha <= 0.5, n - k + 1
+    small = special.betaincinv(k, rest, alpha, out=None, where=low)
+    return np.where(low, small, special.betainccinv(k, rest, 1 - alpha, out=None, where=~low))
 
 
 def _excess(k, n, alpha, p):
-    """P(Binomial(n, p) >= k) - alpha from the smaller tail, whose digits are all there."""
+    """P(Binomial(n, p) >= k) - alpha, from the smaller tail, which has the more exact digits."""
     low = alpha <= 0.5
     upper = special.betainc(k, n - k + 1, p, out=None, where=low) - alpha
-    # 1 - alpha is exact from one half on.
+    # For alpha >= 1/2, 1 - alpha is exact in float64.
     return np.where(low, upper, 1 - alpha - special.betaincc(k, n - k + 1, p, out=None, where=~low))
 
 
 def _newton(k, n, alpha, p):
-    """One step from `p` towards the root of `_excess`, which it all but reaches."""
+    """One step of Newton's method from `p` towards the root of `_excess`."""
     log_slope = np.log(k) + special.xlogy(k - 1, p) + special.xlog1py(n - k, -p)
     log_slope += special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
     return p - _excess(k, n, alpha, p) / np.exp(log_slope)
@@ -97,8 +93,8 @@ def _check_trials(name, trials):
 def upper_confidence_bound(successes, trials, alpha):
     """One-sided upper confidence bound of a probability; see `lower_confidence_bound`.
 
-    Over the draws, the chance that it lies below the true probability is at most `alpha`.
-    Rounded up; float64 in (0, 1]. Nothing drawn bounds nothing: 1.
+    Over the draws, the chance that the bound lies below the true probability is at most `alpha`.
+    Rounded up; float64 in (0, 1]. Without trials the bound is 1.
     """
     successes, trials = check_counts(successes, trials)
     failures = lower_confidence_bound(trials - successes, trials, alpha)
@@ -110,19 +106,18 @@ def certified_radius(p_lower, sigma):
 
     Args:
         p_lower: in [0, 1], a lower bound of the top class's probability, or NaN.
-        sigma: positive, standard deviation of the noise, pixel units.
+        sigma: positive, standard deviation of the noise in pixel units.
     Returns:
-        float64 radius in pixel units, rounded down; 0 for NaN and at or below one half.
+        float64 radius in pixel units, rounded down; 0 for NaN and for `p_lower` <= 1/2.
     Raises:
         ValueError: if `p_lower` lies outside [0, 1] or `sigma` is not positive and finite.
     """
-    p_lower = check_probability("p_lower", p_lower)
-    sigma = check_positive("sigma", sigma)
-    # NaN compares false, so it is replaced too: it must never certify.
+    p_lower, sigma = check_unit("p_lower", p_lower), check_positive("sigma", sigma)
+    # NaN compares false, so it becomes 1/2 too: it must never certify.
     p_lower = np.where(p_lower > 0.5, p_lower, 0.5)
     with np.errstate(over="ignore"):
         radius = sigma * special.ndtri(p_lower)
-    # Only certainty has no end: a product that overflows has one.
+    # Infinite only for p_lower = 1; a product that overflows stays finite.
     radius = np.where(p_lower < 1, np.minimum(radius, 1e308), radius)
     return _rounded_down(radius, 0.0)
 
@@ -130,57 +125,61 @@ def certified_radius(p_lower, sigma):
 def two_sided_radius(p_lower, p_upper_rival, sigma):
     """`(sigma / 2) * (Phi^-1(p_lower) - Phi^-1(p_upper_rival))` (Cohen et al., equation 3).
 
-    Args:
-        p_lower: in [0, 1], a lower bound of the top class's probability, or NaN.
-        p_upper_rival: in [0, 1], an upper bound of every other class's probability, or NaN.
-        sigma: positive, standard deviation of the noise, pixel units.
-    Returns:
-        float64 radius in pixel units, rounded down; 0 for NaN and where the bounds overlap.
-    Raises:
-        ValueError: if a probability lies outside [0, 1] or `sigma` is not positive and finite.
+    Arguments, result and errors as for `certified_radius`. `p_upper_rival`, in [0, 1] or NaN, is an
+    upper bound of every other class's probability. The radius is 0 where the bounds overlap.
     """
-    p_lower = check_probability("p_lower", p_lower)
-    p_upper_rival = check_probability("p_upper_rival", p_upper_rival)
+    p_lower = check_unit("p_lower", p_lower)
+    p_upper_rival = check_unit("p_upper_rival", p_upper_rival)
     sigma = check_positive("sigma", sigma)
     apart = p_lower > p_upper_rival
     top = special.ndtri(np.where(apart, p_lower, 0.5))
     rival = special.ndtri(np.where(apart, p_upper_rival, 0.5))
-    # Each quantile brings its own error, which a small difference does not shrink.
-    return _rounded_down(sigma / 2 * (top - rival), sigma / 2 * (np.abs(top) + np.abs(rival)))
+    # Each quantile has its own rounding error, which does not shrink with their difference.
+    with np.errstate(over="ignore"):
+        radius, scale = sigma / 2 * (top - rival), sigma / 2 * (np.abs(top) + np.abs(rival))
+    # After an overflow the error is unknown, so the radius is 0. It is infinite only for
+    # p_lower = 1 or p_upper_rival = 0.
+    known = np.isfinite(scale) | (p_lower == 1) | (p_upper_rival == 0)
+    return _rounded_down(np.where(known, radius, 0.0), scale)
 
 
 def _rounded_down(radius, scale):
-    """`radius` less the rounding error it may carry, at least 0; `scale` is what it came from."""
-    finite = np.isfinite(radius)
+    """`radius` less its possible rounding error, at least 0.
+
+    `scale` is the size of the numbers whose difference `radius` is.
+    """
+    finite = np.isfinite(radius) & np.isfinite(scale)
     error = NORMAL_GUARD * np.spacing(np.where(finite, np.maximum(radius, scale), 1.0))
     return np.maximum(np.where(finite, radius - error, radius), 0.0)[()]
 
 
 def required_probability(radius, sigma):
-    """`Phi(radius / sigma)`: what `p_lower` must reach to certify `radius`. Rounded up.
+    """`Phi(radius / sigma)`: the `p_lower` that certifies `radius`. Rounded up, in [0.5, 1].
 
-    `radius` is at least 0, `sigma` positive, both in pixel units; float64 in [0.5, 1].
+    `radius` is at least 0 and `sigma` is positive, both in pixel units.
     """
     radius = np.asarray(radius, dtype=np.float64)
     if not np.all(radius >= 0):
         raise ValueError("'radius' must be at least 0.")
-    p = special.ndtr(radius / check_positive("sigma", sigma))
+    with np.errstate(over="ignore"):
+        p = special.ndtr(radius / check_positive("sigma", sigma))
     return np.where(radius > 0, np.minimum(p + NORMAL_GUARD * np.spacing(p), 1.0), 0.5)[()]
 
 
 def two_sided_bounds(top_count, rival_count, trials, alpha, num_classes):
-    """Bounds for `two_sided_radius` out of the votes, jointly valid at `alpha`.
+    """Bounds for `two_sided_radius` from the votes, jointly valid at `alpha`.
 
-    The selected class is bounded from below at alpha / 2, each of its K - 1 rivals from above at
-    (alpha / 2) / (K - 1) (Bonferroni); no rival can have more than the selected class leaves.
-    The bound grows with the count, so the rival with most votes has the largest.
+    The selected class is bounded from below at alpha / 2. Each of the K - 1 other classes is
+    bounded from above at (alpha / 2) / (K - 1) (Bonferroni), and by 1 minus the lower bound.
+    The bound grows with the count, so the rival with the most votes has the largest.
 
     Args:
-        top_count: votes of the class that other draws selected; it need not have the most here.
-        rival_count: most votes of any other class; the two are at most `trials` together.
-        trials: draws in all; more than the votes if some were void.
+        top_count: votes for the selected class. Other draws selected it, so that here another
+            class may have more.
+        rival_count: the most votes for any other class.
+        trials: number of draws, at least `top_count` + `rival_count`.
         alpha: in (0, 1).
-        num_classes: K, of which K - 1 are rivals.
+        num_classes: K, at least 2.
     Returns:
         (p_lower, p_upper_rival), float64 of the broadcast shape.
     Raises:
@@ -224,37 +223,31 @@ def minimum_trials(alpha, p0=0.5):
         ValueError: if `p0` is so close to 1 that no number of trials shows it in float64.
     """
     alpha, p0 = check_open_unit("alpha", alpha), check_open_unit("p0", p0)
-    low, high = 0, 1
-    while lower_confidence_bound(high, high, alpha) <= p0:
-        low, high = high, 2 * high
-        if high > 2**50:
-            raise ValueError(f"'p0' = {p0:.17g} is too close to 1 to be certified.")
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = lower_confidence_bound(middle, middle, alpha) > p0
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+    # The bound is alpha ** (1 / trials) less a rounding error, which counts for `p0` near 1.
+    most = min(64 * int(1 + np.log(alpha) / np.log(p0)), 2**50)
+    trials = range(1, most + 1)
+    found = bisect.bisect_left(trials, True, key=lambda n: lower_confidence_bound(n, n, alpha) > p0)
+    if found == most:
+        raise ValueError(f"'p0' = {p0:.17g} is too close to 1 to be certified.")
+    return trials[found]
 
 
 def maximum_radius(sigma, trials, alpha):
-    """Largest radius that `trials` draws can certify at `alpha`: all of them for one class."""
+    """Radius that `trials` draws certify at `alpha` if all vote for one class: the largest."""
     return certified_radius(lower_confidence_bound(trials, trials, alpha), sigma)
 
 
 def abstain_p_value(top, second):
     """Two-sided binomial test that two classes are equally likely (PREDICT, Cohen et al.).
 
-    PREDICT abstains if it exceeds alpha. Symmetric in the two counts; 1 if neither has a vote.
-
-    Args:
-        top, second: whole numbers of at least 0, votes of the two leading classes.
-    Returns:
-        float64 in [0, 1], of the broadcast shape, rounded up.
+    PREDICT abstains if it exceeds alpha. `top` and `second`, whole numbers of at least 0, are the
+    votes for the two leading classes, in any order. Returns float64 in [0, 1], of the broadcast
+    shape, rounded up; 1 if neither class has a vote.
     """
     top, second = check_whole("top", top), check_whole("second", second)
     _check_trials("top", top + second)
     more, less = np.maximum(top, second), np.minimum(top, second)
     tail = special.betainc(np.maximum(more, 1), less + 1, 0.5)
-    # Rounded up by ten times of what it was off by, against 34 digits, or more.
+    # Rounded up by at least ten times its largest error against 34 digits.
     tail = tail * (1 + (more + less + 1000) * 2.0**-50)
     return np.where(more > less, np.minimum(2 * tail, 1.0), 1.0)[()]

@@ -1,6 +1,6 @@
-"""Accuracies and radii over a test set, and intervals for what they estimate (no torch).
+"""Accuracies and radii over a test set, with confidence intervals (no torch).
 
-The images are taken for independent draws from a population; that is what the intervals are about.
+The intervals are about the population of images from which the test set is an independent sample.
 """
 
 import numpy as np
@@ -18,10 +18,10 @@ from src.ranges import check_counts, check_open_unit, check_whole
 def certified_accuracy(radius, correct, at):
     """Share of images that are correct and certified at `at` or more (Cohen et al., section 4).
 
-    An abstention is not `correct`, whatever its radius.
-
     Args:
-        radius: (N,) certified radii of at least 0; correct: (N,) bool; at: radii, any shape.
+        radius: (N,) certified radii of at least 0.
+        correct: (N,) bool, False where the classifier abstains.
+        at: radii, any shape.
     Returns:
         float64 in [0, 1], of the shape of `at`.
     """
@@ -31,7 +31,7 @@ def certified_accuracy(radius, correct, at):
 
 
 def average_certified_radius(radius, correct):
-    """Mean over images of the radius where correct, else 0 (ACR; Zhai et al., ICLR 2020)."""
+    """Mean over the images of the radius, 0 if not correct (ACR; Zhai et al., ICLR 2020)."""
     radius, correct = _check_rows(radius, correct)
     return np.mean(np.where(correct, radius, 0.0))
 
@@ -51,8 +51,8 @@ def _check_rows(radius, correct):
 def accuracy_interval(successes, trials, confidence=0.95):
     """Two-sided interval for an accuracy (Clopper & Pearson, Biometrika 1934, by statsmodels).
 
-    Covers test sampling alone: with probability at least `confidence` over the images drawn, it
-    holds the population's accuracy.
+    Over the sample of images, it contains the population's accuracy with probability at least
+    `confidence`. It covers no other error, such as that of a certificate.
 
     Args:
         successes, trials: whole numbers, 0 <= successes <= trials, trials >= 1; may be arrays.
@@ -75,16 +75,16 @@ def accuracy_interval(successes, trials, confidence=0.95):
 def median_interval(values, confidence=0.95):
     """Two-sided interval for the median of the population that `values` were drawn from.
 
-    Between the k-th smallest and the k-th largest value, for the largest k at which fewer than k
-    of N fair coins fall on heads with probability at most (1 - confidence) / 2. Exact order
-    statistics (David & Nagaraja, Order Statistics, 2003, section 7.1): the median is covered with
-    probability at least `confidence`, whatever the distribution.
+    From the k-th smallest to the k-th largest value (David & Nagaraja, Order Statistics, 2003,
+    section 7.1). k is the largest number for which fewer than k of N fair coins show heads with
+    probability at most (1 - confidence) / 2. The interval contains the median with probability
+    at least `confidence`, whatever the distribution.
 
     Args:
         values: (N,) numbers, infinite ones allowed, N >= 1.
         confidence: in (0, 1).
     Returns:
-        (low, high), float64; (-inf, inf) if there are too few values, at 0.95 fewer than six.
+        (low, high), float64. Too few values (at 0.95, fewer than six) give (-inf, inf).
     Raises:
         ValueError: naming the argument that is out of its range.
     """
@@ -99,47 +99,17 @@ def median_interval(values, confidence=0.95):
     return float(values[rank - 1]), float(values[-rank])
 
 
-def paired_difference_interval(first, second, confidence=0.95, *, resamples=10_000, seed=0):
-    """Interval for the mean difference of two figures taken on the same images.
-
-    The percentile bootstrap over images (Efron & Tibshirani, 1993): what the images
-    have in common cancels, so it tells apart two models whose own intervals overlap widely.
-
-    Args:
-        first, second: (N,) figures of the same images in the same order, N >= 2.
-        confidence: in (0, 1), reached approximately.
-        resamples, seed: of the bootstrap.
-    Returns:
-        (mean, low, high) of first - second.
-    Raises:
-        ValueError: naming the argument that is out of its range.
-    """
-    first, second = (np.asarray(values, dtype=np.float64) for values in (first, second))
-    if first.ndim != 1 or first.shape != second.shape or first.size < 2:
-        raise ValueError("'first' and 'second' must be one-dimensional, alike and of two or more.")
-    difference = first - second
-    if not np.all(np.isfinite(difference)):
-        raise ValueError("'first' and 'second' must hold finite numbers.")
-    confidence = float(check_open_unit("confidence", confidence))
-    rng = np.random.default_rng(seed)
-    # One resample at a time: all of them would take a gigabyte for 10,000 images.
-    means = [rng.choice(difference, difference.size).mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(difference.mean()), float(low), float(high)
-
-
 def possibly_certified(top_count, trials, prediction, label, at, sigma, alpha):
-    """Whether the votes leave it open that perfect knowledge would certify an image at `at`.
+    """Whether the votes allow that the label's probability under noise is Phi(at / sigma) or more.
 
-    Perfect knowledge certifies if the label's probability under noise is at least
-    Phi(at / sigma). For an image of which that is true, the chance of answering False is at most
-    `alpha`, over its draws.
+    With that probability, and unlimited draws, the image would be certified at the radius `at`.
+    If the label has it, the chance of answering False is at most `alpha`, over the draws.
 
     Args:
-        top_count, trials: votes of the selected class among the draws that bound it.
-        prediction, label: classes; a negative prediction (abstention) says that the selected
-            class is not known.
-        at, sigma: radius and standard deviation of the noise, pixel units.
+        top_count, trials: votes for the selected class, and draws in all.
+        prediction, label: classes. A negative prediction (abstention) means that the selected
+            class is unknown.
+        at, sigma: radius and standard deviation of the noise in pixel units.
         alpha: in (0, 1).
     Returns:
         bool, of the broadcast shape.
@@ -148,8 +118,8 @@ def possibly_certified(top_count, trials, prediction, label, at, sigma, alpha):
     """
     p0 = required_probability(at, sigma)
     prediction, label = np.asarray(prediction), np.asarray(label)
-    # Either the selected class is the label, and has this probability at most, or it takes its
-    # own from what is left for the label.
+    # An upper bound of the label's probability: if the label is the selected class, then that
+    # class's upper bound; else 1 minus that class's lower bound.
     if_label = upper_confidence_bound(top_count, trials, alpha)
     if_other = np.nextafter(1.0 - lower_confidence_bound(top_count, trials, alpha), 2.0)
     most = np.where(prediction == label, if_label, if_other)
@@ -161,27 +131,27 @@ def possibly_certified(top_count, trials, prediction, label, at, sigma, alpha):
 def population_certified_accuracy_interval(
     certified, images, alpha, confidence=0.95, *, possible=None
 ):
-    """Interval for the population's certified accuracy under perfect knowledge of the votes.
+    """Interval for the share of a population that unlimited draws would certify at a radius r.
 
-    Guarantee, in words: draw `images` images independently from a population and certify each
-    with its own noise. With probability at least `confidence` over both draws, the share of the
-    population whose label has probability Phi(r / sigma) or more under noise lies in the
-    interval. On that share the smoothed classifier is right and constant within r; so `low` also
-    bounds from below the share on which it is right and constant within r, whatever the reason.
-    No certificate bounds that larger share from above: only `high` for the smaller one exists.
+    That share, T, are the images whose label has probability Phi(r / sigma) or more under noise.
+    If `images` images are an independent sample of the population, each certified with noise of
+    its own, the interval contains T with probability at least `confidence`.
 
-    Why: let T be that share, and q the chance that an image drawn from the population is counted
-    in `certified`. Outside T that takes a false certificate, so q <= T + (1 - T) alpha, hence
-    T >= (q - alpha) / (1 - alpha). Inside T an image fails to be `possible` with chance alpha at
-    most, so its share is at least (1 - alpha) T. Clopper-Pearson bounds both shares from their
-    counts, at (1 - confidence) / 2 each. The images' alphas are averaged, not added up.
+    On the images in T the smoothed classifier is correct and constant within r. So `low` is also
+    a lower bound of the share on which that holds for any reason; `high` bounds only T.
+
+    Why: let q be the chance that an image drawn from the population is counted in `certified`.
+    Outside T that needs a false certificate, so q <= T + (1 - T) alpha, hence
+    T >= (q - alpha) / (1 - alpha). Inside T an image is not `possible` with chance at most alpha,
+    so the share of `possible` images is at least (1 - alpha) T. Clopper-Pearson bounds both shares
+    from their counts, at (1 - confidence) / 2 each. The alphas are averaged, not added up.
 
     Args:
-        certified: images right and certified at r, each at `alpha`.
-        images: images in all, at least 1.
+        certified: number of images that are correct and certified at r, each at `alpha`.
+        images: number of all images, at least 1.
         alpha: in (0, 1), the failure probability of one certificate.
         confidence: in (0, 1).
-        possible: images for which `possibly_certified` holds at r; None for all of them.
+        possible: number of images for which `possibly_certified` holds at r; default: all.
     Returns:
         (low, high), float64 in [0, 1]; high is 1 without `possible`.
     Raises:

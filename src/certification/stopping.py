@@ -1,9 +1,9 @@
 """When to stop drawing: is the selected class's probability p above p0? (numpy and scipy only)
 
-The caller draws up to each count of `look_schedule` and asks a rule, which answers CERTIFY,
-REJECT or CONTINUE. Both rules keep the same promise at whatever look they stop: if p <= p0, the
-chance of ever answering CERTIFY is at most `alpha`. REJECT means "not certified", which is always
-a safe answer, so it needs no guarantee; it costs a little power and saves many draws.
+The caller draws up to each count of `look_schedule` and then asks `mixture_decision`, which answers
+CERTIFY, REJECT or CONTINUE. If p <= p0, the chance that it ever answers CERTIFY is at most `alpha`.
+REJECT means "not certified". That is always a safe answer, so it needs no guarantee; it certifies
+slightly fewer images and saves many draws.
 """
 
 import functools
@@ -17,31 +17,32 @@ from src.ranges import check_counts, check_open_unit, check_whole
 
 CERTIFY, CONTINUE, REJECT = 1, 0, -1
 
-# Shares of alpha. The last look has its own, so that an image that needs every draw has nearly
-# the power of a test with a fixed n; the first look that can certify settles the easy images.
-FIRST_SHARE = 0.4
+# The share of alpha for the last look. With it an image that needs all draws is certified nearly as
+# often as by a test with a fixed n.
 LAST_SHARE = 0.2
+# One look is the first count at which a bound at this share of alpha certifies a perfect vote.
+FIRST_SHARE = 0.4
 # The mixture's prior is Beta(1, CONCENTRATION) cut to (p0, 1]: in u = (1 - p) / (1 - p0) its
 # density is proportional to u ** (CONCENTRATION - 1), whatever p0. Small values favour p near 1.
 CONCENTRATION = 0.25
-# Level of the upper bound that gives up; see `_is_futile`.
+# Level of the upper bound by which `_is_futile` rejects.
 FUTILITY = 0.01
 
 
 def look_schedule(max_n, p0, alpha, *, step=32, growth=1.05):
-    """Counts of draws at which to look, ascending, from `step` or fewer to `max_n`.
+    """Counts of draws after which to decide, ascending, from at most `step` to `max_n`.
 
-    They grow by `step` or by the factor `growth`, whichever is more, with one look at the first
-    count at which all successes certify. Looks before it can only reject.
+    They grow by `step` or by the factor `growth`, whichever is more. One of them is the first count
+    at which successes alone certify; at smaller counts the decision can only be to reject.
 
     Args:
         max_n: most draws to spend, whole number.
-        p0: probability in [0.5, 1) to be exceeded, from `required_probability`.
+        p0: probability to be exceeded, in [0.5, 1), from `required_probability`.
         alpha: in (0, 1).
     Returns:
         tuple of ints, the last of them `max_n`.
     Raises:
-        ValueError: if `max_n` draws can never certify `p0`; the message says how many would do.
+        ValueError: if `max_n` draws can never certify `p0`; the message says how many would.
     """
     max_n = int(check_whole("max_n", max_n))
     _check_p0(p0)
@@ -57,7 +58,7 @@ def look_schedule(max_n, p0, alpha, *, step=32, growth=1.05):
 
 
 def _growing(count, stop, step, growth):
-    """Counts from `count` on, below `stop`."""
+    """Counts from `count` on that are below `stop`."""
     counts = []
     while count < stop:
         counts.append(count)
@@ -71,17 +72,17 @@ def _check_p0(p0):
 
 
 def mixture_log_e_value(successes, trials, p0):
-    """Log e-value against p <= p0, never above the true one (rounding errors are taken off).
+    """Log of the evidence (e-value) against p <= p0. Rounded down.
 
-    The likelihood of the votes, averaged over a Beta(1, CONCENTRATION) prior cut to (p0, 1], over
-    their likelihood at p0. (Mixtures: Robbins, Ann. Math. Stat. 1970; Howard, Ramdas, McAuliffe &
-    Sekhon, Ann. Stat. 2021.)
+    The e-value is a ratio: the likelihood of the votes averaged over a Beta(1, CONCENTRATION) prior
+    cut to (p0, 1], divided by their likelihood at p0. (Mixtures: Robbins, Ann. Math. Stat. 1970;
+    Howard, Ramdas, McAuliffe & Sekhon, Ann. Stat. 2021.)
 
     Args:
         successes, trials: whole numbers, 0 <= successes <= trials.
         p0: in [0.5, 1).
     Returns:
-        float64 of the broadcast shape, minus infinity where the e-value underflows.
+        float64 of the broadcast shape, -inf where the e-value underflows.
     """
     # Why it is valid: for each q > p0, one vote multiplies the ratio by q / p0 (success) or
     # (1 - q) / (1 - p0) (failure). The expectation of that factor, p q / p0 + (1 - p) (1 - q) /
@@ -96,7 +97,7 @@ def mixture_log_e_value(successes, trials, p0):
     # b (1 - p) ** (b - 1).
     log_prior = CONCENTRATION * np.log1p(-p0) - np.log(CONCENTRATION)
     tail = special.betaincc(a, b, p0)
-    # A tail that nearly underflows has lost its digits; the votes are then far below p0.
+    # A tail that nearly underflows has too few digits. The votes are then far below p0.
     with np.errstate(divide="ignore"):
         log_tail = np.log(np.where(tail < 1e-290, 0.0, tail))
     log_average = special.betaln(a, b) + log_tail - log_prior
@@ -105,13 +106,13 @@ def mixture_log_e_value(successes, trials, p0):
 
 
 def mixture_decision(successes, trials, p0, alpha, looks):
-    """The mixture rule: certify once its e-value reaches 1 / ((1 - LAST_SHARE) alpha).
+    """Certify once the mixture's e-value reaches 1 / ((1 - LAST_SHARE) alpha).
 
-    At `looks[-1]` a Clopper-Pearson bound at LAST_SHARE * alpha may certify as well. The rule may
-    be asked at any counts, as often as one likes, not at those of `looks` alone.
+    At `looks[-1]` a Clopper-Pearson bound at LAST_SHARE * alpha may certify as well. The guarantee
+    holds however often and at whatever counts the function is called.
 
     Args:
-        successes: (...) votes for the selected class, none of them among those that selected it.
+        successes: (...) votes for the selected class. The draws that selected it do not count.
         trials: (...) draws so far, at most `looks[-1]`.
         p0: scalar in [0.5, 1), from `required_probability`.
         alpha: scalar in (0, 1).
@@ -121,25 +122,15 @@ def mixture_decision(successes, trials, p0, alpha, looks):
     Raises:
         ValueError: naming the argument that is out of its range.
     """
-    successes, trials = _check_progress(successes, trials, looks)
-    level = (1 - LAST_SHARE) * float(check_open_unit("alpha", alpha))
-    certified = mixture_log_e_value(successes, trials, p0) >= -np.log(level)
-    return _with_the_end(certified, successes, trials, p0, alpha, looks)
-
-
-def _check_progress(successes, trials, looks):
     successes, trials = check_counts(successes, trials)
     if np.any(np.diff(looks) <= 0) or np.any(trials > looks[-1]):
         raise ValueError("'looks' must ascend, and 'trials' must not exceed the last of them.")
-    return successes, trials
-
-
-def _with_the_end(certified, successes, trials, p0, alpha, looks):
-    """Add to `certified` what the last look certifies, and the giving up."""
+    level = (1 - LAST_SHARE) * float(check_open_unit("alpha", alpha))
+    certified = mixture_log_e_value(successes, trials, p0) >= -np.log(level)
     final = _final_count(looks[-1], alpha * LAST_SHARE, p0)
-    certified = certified | ((trials == looks[-1]) & (successes >= final))
+    certified |= (trials == looks[-1]) & (successes >= final)
     futile = _is_futile(successes, trials, final, looks[-1])
-    # CERTIFY first: a rule may certify before `final` successes are in reach.
+    # CERTIFY first: the e-value may certify before `final` successes can be reached.
     return np.where(certified, CERTIFY, np.where(futile, REJECT, CONTINUE)).astype(np.int8)[()]
 
 
@@ -150,10 +141,10 @@ def _final_count(max_n, level, p0):
 
 
 def _is_futile(successes, trials, final, max_n):
-    """Whether the last look is out of reach, or p is clearly below the share that it asks for.
+    """Whether `final` of `max_n` successes are impossible or, by the votes so far, improbable.
 
-    That share, final / max_n, lies above p0: an image with p in between would most likely spend
-    all its draws in vain.
+    final / max_n lies above p0. An image with p between the two would most likely spend all its
+    draws and not be certified.
     """
     unreachable = successes + (max_n - trials) < final
     return unreachable | (upper_confidence_bound(successes, trials, FUTILITY) < final / max_n)

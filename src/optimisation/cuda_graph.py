@@ -1,28 +1,27 @@
-"""Work of a GPU that is recorded once and then replayed, without Python in between."""
+"""Work of a GPU that is recorded once and then replayed without Python."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# Calls that run as they are before the one that is recorded: libraries set themselves up in them.
-_WARM_UP = 3
+# Calls that run before the one that is recorded. Libraries set themselves up in them.
+_PLAIN_CALLS = 3
 
 
 class Recorded:
-    """A function of CUDA tensors, from its fourth call on as one CUDA graph.
+    """A function of CUDA tensors that becomes one CUDA graph in its fourth call.
 
-    The forward and backward passes of a small network are several hundred kernels of a few
-    microseconds each, which Python launches more slowly than the GPU runs them; a replay launches
-    all at once. A call returns a copy of what the function returns.
+    The passes of a small network are several hundred kernels of a few microseconds each. Python
+    launches them more slowly than the GPU runs them; a replay launches all at once. A call returns
+    a copy of the function's result.
 
     Args:
         function: tensors -> tensor, all on one device. It must do the same work each time, never
-            wait for the GPU (no `item`, no `if` about values) and copy nothing from elsewhere. Its
-            Python runs four times, so counters in it and generators of its own stand still after
-            that; torch's generator of the GPU moves on. What it leaves in gradients or running
-            statistics, a replay writes to the same memory: who sets a gradient to None outside of
-            it loses all that follow.
+            wait for the GPU (no `item`, no `if` about values) and copy nothing from another device.
+            Its Python runs only four times: its counters and its own generators then stand still,
+            but torch's generator of the GPU moves on. A replay writes gradients and running
+            statistics to the same memory: a gradient that is set to None outside is lost.
 
     Raises:
         ValueError: in a call with other shapes or types than were recorded.
@@ -37,17 +36,17 @@ class Recorded:
     def __call__(self, *tensors: Tensor) -> Tensor:
         with torch.cuda.device(tensors[0].device):
             self.calls += 1
-            if self.calls <= _WARM_UP:
-                return self._aside(tensors)
+            if self.calls <= _PLAIN_CALLS:
+                return self._plain(tensors)
             if self.graph is None:
                 self._record(tensors)
             self._fill(tensors)
             self.graph.replay()
-            # The next replay writes over it.
+            # A copy: the next replay overwrites it.
             return self.output.clone()
 
-    def _aside(self, tensors) -> Tensor:
-        """The plain call on the stream of the recording, to which what is set up then belongs."""
+    def _plain(self, tensors) -> Tensor:
+        """A call that is not recorded, on the same stream as the recording will be."""
         self.stream = self.stream or torch.cuda.Stream()
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
@@ -70,7 +69,7 @@ class Recorded:
         self.graph = graph
 
     def _fill(self, tensors) -> None:
-        """Copy the arguments to where the graph reads them."""
+        """Copy the arguments into the tensors that the graph reads."""
         for held, given in zip(self.inputs, tensors, strict=True):
             if (held.shape, held.dtype) != (given.shape, given.dtype):
                 raise ValueError(

@@ -3,34 +3,27 @@
 import torch
 from torch import Tensor
 
-# Of the odd polynomial that Jordan et al. iterate: it drives singular values in (0, 1] to near one.
+# Of an odd polynomial that Jordan et al. iterate. It moves singular values in (0, 1] to near 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal: every direction of a weight matrix moves alike.
+    """Momentum with orthogonal updates: they move all directions of a weight matrix equally far.
 
     Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with weight
-    decay and the scale of Liu et al. (arXiv:2502.16982), 0.2 sqrt(max(rows, columns)), at which an
-    update is as long as one of AdamW with the same learning rate. torch.optim.Muon computes in
-    bfloat16 always, which most CPUs have no units for, and takes no kernels of convolutions.
+    decay and the scale 0.2 sqrt(max(rows, columns)) of Liu et al. (arXiv:2502.16982). At that scale
+    an update is as long as one of AdamW with the same learning rate. torch.optim.Muon takes no
+    convolution kernels and always computes in bfloat16, for which most CPUs have no units.
 
     Args:
-        params: weights (rows, ...); kernels count as matrices (channels, inputs * height * width).
+        params: weights (rows, ...). Kernels become matrices (channels, inputs * height * width).
         lr: length of an update, as for AdamW.
         momentum: decay of the mean of the gradients; the update looks one step ahead (Nesterov).
-        weight_decay: fraction of a weight, times `lr`, that an update takes away.
+        weight_decay: an update shrinks each weight by this fraction times `lr`.
         dtype: of the products that make an update orthogonal; default: that of the weights.
     """
 
-    def __init__(
-        self,
-        params,
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 1e-2,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=1e-2, dtype=None):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 
@@ -51,25 +44,25 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """U V^T of the singular value decomposition U S V^T, roughly: singular values near one.
+    """About U V^T, for the singular value decomposition U S V^T of a matrix.
 
-    Five iterations take singular values above 1/300 of the Frobenius norm to between 0.68 and 1.21,
-    and no smaller one above that. In bfloat16 as `dtype` the bounds move by a few hundredths.
+    After five iterations, singular values above 1/300 of the Frobenius norm lie between 0.68 and
+    1.21, and smaller ones below 1.21. With `dtype` bfloat16 these bounds move by a few hundredths.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonal(matrix.T, iterations, dtype).T
     given = matrix.dtype
     matrix = (matrix / matrix.norm().clamp(min=1e-30)).to(dtype or given)
-    # Rounding leaves small eigenvalues of X X^T a little below zero, and each iteration multiplies
-    # those by twelve or more: bfloat16 needs a new X X^T before they grow.
-    at_once = 2 if matrix.dtype == torch.bfloat16 else iterations
-    for done in range(0, iterations, at_once):
-        matrix = _iterated(matrix, min(at_once, iterations - done))
+    # Rounding makes small eigenvalues of X X^T slightly negative, and each iteration multiplies
+    # them by at least 12. In bfloat16 they need a new X X^T before they grow.
+    block = 2 if matrix.dtype == torch.bfloat16 else iterations
+    for done in range(0, iterations, block):
+        matrix = _iterated(matrix, min(block, iterations - done))
     return matrix.to(given)
 
 
 def _iterated(matrix: Tensor, iterations: int) -> Tensor:
-    """Iterations of the small square matrix X X^T: only two products with X are large."""
+    """The iterations, done with the small square matrix X X^T: only two products involve X."""
     a, b, c = _COEFFICIENTS
     square = matrix @ matrix.T
     product = None

@@ -1,6 +1,6 @@
-"""Several processes started by torchrun, each with a part of the work; or one, which is its own.
+"""Work shared by several processes that torchrun started.
 
-Without torchrun every function here is the plain case of one process and costs nothing.
+Without torchrun there is one process, for which these functions do nothing or call directly.
 """
 
 import gc
@@ -32,44 +32,44 @@ def process_group() -> Iterator[None]:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ValueError(
-                f"--nproc-per-node must be at most {torch.cuda.device_count()}, a process a GPU; "
-                "set CUDA_VISIBLE_DEVICES to nothing to use the CPU."
+                f"--nproc-per-node must be at most {torch.cuda.device_count()}, one process per "
+                "GPU; set CUDA_VISIBLE_DEVICES to nothing to use the CPU."
             )
-        # What "cuda" without a number means in this process.
+        # In this process "cuda" now means this GPU.
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Long: the first process may certify for hours after the others. If one of them dies,
-    # torchrun ends the others at once.
-    store, number, world = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(_attempt(), store),
-        rank=number,
-        world_size=world,
-        timeout=timedelta(days=7),
-    )
+    store, number, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(_attempt(), store)
+    # A long timeout: the first process may certify for hours after the others. If one of them
+    # dies, torchrun ends the others at once.
+    options = {"store": store, "rank": number, "world_size": count, "timeout": timedelta(days=7)}
+    dist.init_process_group(backend, **options)
     try:
         with ExitStack() as stack:
             if not is_main():
-                silent = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(redirect_stdout(silent))
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(nowhere))
             yield
     finally:
         dist.destroy_process_group()
-        # What is left of the group, if it is met only when Python ends, aborted one of 24 runs on a
-        # busy machine after its work was done; none of 18 with this.
+        # Left for the end of Python, remains of the group aborted 1 of 24 finished runs on a busy
+        # machine; with this, 0 of 18.
         gc.collect()
 
 
 def _attempt() -> str:
     """A prefix of the store's keys, the same in all processes of one attempt.
 
-    torchrun may keep its store when it starts the processes again; they would then find the
-    addresses of those that died. Machines count restarts each for itself, so with several of
-    them the numbers differ and torchrun's own keys have to do.
+    torchrun may keep its store when it starts the processes again, which would then find the
+    addresses of those that died. Each machine counts its own restarts, so several machines cannot
+    use that number; they rely on torchrun's own keys.
     """
-    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}" if alone else "attempt"
+    one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt {_restart_count()}" if one_machine else "attempt"
+
+
+def _restart_count() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def rank() -> int:
@@ -90,34 +90,34 @@ def is_main() -> bool:
 def restarted() -> bool:
     """Whether torchrun started the processes again after one of them had died.
 
-    All have to ask at the same time: on another machine the count of restarts stays at 0.
+    All processes must call this together, since the count on another machine may stay at 0.
     """
-    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    count = torch.tensor(_restart_count())
     if process_count() > 1:
         dist.all_reduce(count, dist.ReduceOp.MAX)
     return int(count) > 0
 
 
 def wait_for_all() -> None:
-    """Return once every process has come here."""
+    """Wait until every process has called this."""
     if process_count() > 1:
         dist.barrier()
 
 
 def own_seed(seed: int) -> int:
-    """A seed for this process: `seed` itself in the first one, unrelated ones in the others."""
+    """`seed` in the first process, and an unrelated seed in each of the others."""
     if is_main():
         return seed
     return int(np.random.SeedSequence((seed, rank())).generate_state(1)[0])
 
 
 def from_main(compute: Callable[[], object]) -> object:
-    """What `compute` returns in the first process, given to all; the others do not call it."""
+    """The result of `compute()` in the first process, sent to all. The others do not call it."""
     if process_count() == 1:
         return compute()
-    box = [compute() if is_main() else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    results = [compute() if is_main() else None]
+    dist.broadcast_object_list(results, src=0)
+    return results[0]
 
 
 def share_weights(model: nn.Module) -> None:
@@ -128,7 +128,7 @@ def share_weights(model: nn.Module) -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, all in one exchange."""
+    """Replace each tensor by its mean over the processes, in one exchange for all of them."""
     if process_count() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -139,6 +139,6 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def report_failure(message: str) -> None:
-    """End with an error of one sentence and exit status 1, saying which process if several."""
+    """Exit with status 1 and an error message, which names the process unless it is the first."""
     number = os.environ.get("RANK", "0")
     sys.exit(f"error: {message}" if number == "0" else f"error in process {number}: {message}")

@@ -1,4 +1,4 @@
-"""One update of the weights, their running average, and the order and shifts of the images."""
+"""One update of the weights, and their running average."""
 
 from collections.abc import Callable
 
@@ -26,12 +26,13 @@ def updater(
 ) -> Callable[..., Tensor]:
     """A function (images, labels, progress) that updates the model once.
 
-    It returns the loss and the accuracy (2,) before the update. Images and labels have to be on
-    the device of the model; `loss_schedule` takes the progress in [0, 1) to a loss. If `recorded`,
-    loss and gradients are those of a CUDA graph in a process alone on CUDA, and the schedule is
-    given the progress as a tensor without dimensions.
+    It returns the loss and the accuracy (2,) before the update. Images and labels must be on the
+    device of the model. Arguments as for `train_model`; `updates` is the number of all updates.
+    `recorded` has no effect if there are several processes.
     """
-    steps = _optimizers(model, updates, learning_rate, weight_decay, precision, optimizer)
+    steppers = _optimizers_and_schedules(
+        model, updates, learning_rate, weight_decay, precision, optimizer
+    )
     device = next(model.parameters()).device
 
     def backward(images: Tensor, labels: Tensor, progress: float | Tensor) -> Tensor:
@@ -42,10 +43,10 @@ def updater(
             raise ValueError("'loss' has no gradient by the weights of 'model'; nothing is learnt.")
         model.zero_grad(set_to_none=True)
         value.backward()
-        hits = (predicted(logits.detach()) == labels).float().mean()
-        return torch.stack([value.detach(), hits])
+        accuracy = (predicted(logits.detach()) == labels).float().mean()
+        return torch.stack([value.detach(), accuracy])
 
-    # Beside the processes of torchrun, whose exchanges go on in the background, it is untried.
+    # Recording is untested with several processes, which exchange tensors in the background.
     replayed = recorded and device.type == "cuda" and processes.process_count() == 1
     replay = Recorded(backward) if replayed else None
 
@@ -54,42 +55,43 @@ def updater(
             outcome = backward(images, labels, progress)
         else:
             outcome = replay(images, labels, torch.full((), progress, device=device))
-        # By hand: the losses call the network more than once and in several forms, for which
-        # DistributedDataParallel is not made. The statistics of batch normalisation are each
-        # process's own in the forward pass, and averaged in what evaluation uses.
+        # DistributedDataParallel does not support losses that call the network several times and
+        # in several forms. In training, each process normalises by the statistics of its own part
+        # of the batch; the running statistics, for evaluation, are averaged.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         processes.average(gradients + [b for b in model.buffers() if b.is_floating_point()])
-        # The gradients stay: a replay writes to the memory of the recorded ones.
-        for one in steps:
-            one.step()
+        # The gradients are kept: a replay writes to the same memory.
+        for stepper in steppers:
+            stepper.step()
         return outcome
 
     return update
 
 
-def _optimizers(model, updates, learning_rate, weight_decay, precision, optimizer) -> list:
-    """The optimisers of a model, then their schedules; all have to step in every update."""
+def _optimizers_and_schedules(
+    model, updates, learning_rate, weight_decay, precision, optimizer
+) -> list:
+    """The optimisers, then their learning-rate schedules; an update calls `step` of each."""
     weights = list(model.parameters())
-    matrices = [weight for weight in weights if weight.ndim > 1][1:-1]
-    inner = matrices if optimizer == "muon" else []
+    inner = [weight for weight in weights if weight.ndim > 1][1:-1] if optimizer == "muon" else []
     if optimizer == "muon" and not inner:
         raise ValueError(
             "'optimizer' = 'muon' takes the weight matrices and kernels between the first and the "
             "last, and 'model' has none there; use 'adamw'."
         )
-    others = [weight for weight in weights if all(weight is not one for one in inner)]
+    others = [weight for weight in weights if all(weight is not matrix for matrix in inner)]
     optimizers = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay)]
     if inner:
         dtype = getattr(torch, precision)
         optimizers += [Muon(inner, learning_rate, weight_decay=weight_decay, dtype=dtype)]
-    # One step more than there are updates: the cycle's last learning rate is zero. Its rise takes
-    # a fifth; of a handful of updates a little more, or the schedule would divide by zero.
+    # One step more than there are updates, because the cycle's last learning rate is zero. The rate
+    # rises for a fifth of them; for longer if they are few, or the schedule would divide by zero.
     rise = max(0.2, 1.5 / (updates + 1))
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
-            one, learning_rate, updates + 1, pct_start=rise, cycle_momentum="betas" in one.defaults
+            o, learning_rate, updates + 1, pct_start=rise, cycle_momentum="betas" in o.defaults
         )
-        for one in optimizers
+        for o in optimizers
     ]
     return [*optimizers, *schedules]
 
@@ -97,9 +99,8 @@ def _optimizers(model, updates, learning_rate, weight_decay, precision, optimize
 @torch.no_grad()
 def average_weights(averaged: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the running average of weights and statistics towards the model's."""
-    for mean, value in zip(
-        averaged.state_dict().values(), model.state_dict().values(), strict=True
-    ):
+    values = model.state_dict().values()
+    for mean, value in zip(averaged.state_dict().values(), values, strict=True):
         if mean.is_floating_point():
             mean.lerp_(value, 1 - decay)
         else:

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks import held_out
 from benchmarks.held_out import protocol_radii
+from src.utils import spread_indices
 
 
 def test_shares_of_votes_count_as_if_found_among_the_protocols_copies():
@@ -40,4 +41,6 @@ def test_polled_images_are_spread_over_the_held_out_ones(monkeypatch, size, opti
     )
     monkeypatch.setattr(held_out, "protocol_radii", radii)
     held_out.main([*options, "--device", "cpu"])
-    assert polled == list(range(0, size, 5))
+    assert polled == spread_indices(size, size // 5)
+    # Both sources are among them, in about equal numbers.
+    assert sum(number % 2 for number in polled) == pytest.approx(size / 10, rel=0.1)

@@ -295,6 +295,13 @@ def test_two_sided_radius_of_nothing_known_is_zero(p, q):
     assert two_sided_radius(p, q, 1.0) == 0
 
 
+def test_a_two_sided_radius_that_overflows_is_zero():
+    # Infinite or NaN would be above the exact radius, which is finite.
+    assert two_sided_radius([1 - 1e-9, 1e-9], [1e-9, 1e-10], 1e308).tolist() == [0, 0]
+    assert two_sided_radius([1.0, 0.7], [0.3, 0.0], 1e308).tolist() == [np.inf, np.inf]
+    assert required_probability(1e308, 1e-300) == 1
+
+
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=10), st.data())
 def test_two_sided_costs_no_more_than_its_share_of_alpha(votes, data):
     selected = data.draw(st.integers(0, len(votes) - 1))

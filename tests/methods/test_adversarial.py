@@ -18,8 +18,8 @@ from src.training_and_evaluation import accuracy, standard_loss, train_model
 from tests.helpers import halves, linear
 
 
-@pytest.mark.parametrize("ramp", [0.3, 0.5, 1.0])
-def test_ramp_grows_linearly_and_stays(ramp):
+@pytest.mark.parametrize("warmup", [0.3, 0.5, 1.0])
+def test_warmup_grows_linearly_and_stays(warmup):
     model, (images, labels) = linear(), halves(8).tensors
     used = []
 
@@ -27,16 +27,16 @@ def test_ramp_grows_linearly_and_stays(ramp):
         used.append(epsilon)
         return (pixels + epsilon).clamp(0, 1)
 
-    schedule = adversarial_loss_schedule(attack, 0.3, warmup=ramp)
-    losses = [schedule(ramp * part)(model, images, labels)[0] for part in (0, 0.25, 0.5, 1)]
+    schedule = adversarial_loss_schedule(attack, 0.3, warmup=warmup)
+    losses = [schedule(warmup * part)(model, images, labels)[0] for part in (0, 0.25, 0.5, 1)]
     assert used == pytest.approx([0, 0.075, 0.15, 0.3])
     assert losses[0] == standard_loss(model, images, labels)[0]
     assert losses[3] == standard_loss(model, (images + 0.3).clamp(0, 1), labels)[0]
     # Schedules built first and called later must not share the last radius.
-    early, late = schedule(0.5 * ramp), schedule(0.999)
+    early, late = schedule(0.5 * warmup), schedule(0.999)
     late(model, images, labels)
     early(model, images, labels)
-    assert used[-2:] == pytest.approx([0.3 * min(0.999 / ramp, 1), 0.15])
+    assert used[-2:] == pytest.approx([0.3 * min(0.999 / warmup, 1), 0.15])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -86,7 +86,7 @@ def test_held_out_watch_measures_clean_and_attacked_accuracy():
         # Below clean, but far above a PGD accuracy that was once better.
         ([(0.97, 0.9, 0.85), (0.98, 0.8, 0.3)], [2]),
         ([(0.97, 0.9, 0.85), (0.98, 0.97, 0.1), (0.98, 0.9, 0.86)], [2]),
-        # Poor from the start, as in the first epochs of a ramp: nothing has been lost.
+        # Poor from the start, as in the first epochs of a warmup: nothing has been lost.
         ([(0.9, 0.5, 0.0), (0.95, 0.6, 0.1), (0.97, 0.8, 0.6)], []),
         # PGD falls together with the single step: unstable, but not overfitted to it.
         ([(0.97, 0.9, 0.85), (0.4, 0.3, 0.25)], []),
