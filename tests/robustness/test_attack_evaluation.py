@@ -102,7 +102,7 @@ def test_few_pixels_are_counted_where_they_are_stronger():
 
 
 def test_what_the_search_without_gradients_breaks_is_counted():
-    # Rounded pixels have no gradient; the random search breaks images all the same.
+    # Rounded pixels have no gradient; the Square Attack breaks images all the same.
     model, dataset = Between(before=quantised), halves(100)
     found = attack_evaluation(model, dataset, range(100), range(0, 100, 2), steps=2, radii=RADII)
     worst, on_curve = check(found, 2)
