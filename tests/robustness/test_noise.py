@@ -38,11 +38,12 @@ def test_no_image_falls_below_its_distance(attack, norm, unit):
     assert (MeanPixel()(attacked).argmax(dim=1) == labels).all()
 
 
-@pytest.mark.parametrize(("norm", "unit"), [("linf", 1), ("l2", 28)])
-def test_search_breaks_what_is_well_within_reach(norm, unit):
-    # Squares are the right shape for the mean: half the closed-form radius is asked for.
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.1), ("l2", 5.6)])
+def test_search_breaks_what_is_well_within_reach(norm, epsilon):
+    # Squares suit the mean, so in linf twice the distance is enough. In l2 the hill and the
+    # valley of a new bump cancel in the mean: four times the distance.
     images, labels = shades([0.05, -0.05, 0.04]).tensors
-    attacked = SHORT_SEARCH(MeanPixel(), images, labels, 0.1 * unit, norm)
+    attacked = SHORT_SEARCH(MeanPixel(), images, labels, epsilon, norm)
     assert (MeanPixel()(attacked).argmax(dim=1) != labels).all()
 
 
@@ -54,7 +55,7 @@ def test_search_never_asks_for_a_gradient(norm):
             return MeanPixel()((10 * images).floor() / 10)
 
     images, labels = shades([0.08, -0.08]).tensors
-    attacked = SHORT_SEARCH(Steps(), images, labels, 0.2 if norm == "linf" else 5.6, norm)
+    attacked = SHORT_SEARCH(Steps(), images, labels, 0.2 if norm == "linf" else 9.0, norm)
     with torch.no_grad():
         assert (Steps()(attacked).argmax(dim=1) != labels).all()
 
