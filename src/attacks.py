@@ -87,8 +87,9 @@ def pgd_attack(
     well. So per image the result is at least as strong as `gradient_attack`, if `loss` is the
     cross-entropy. A misclassified point is worse than any other; else the higher loss is worse.
 
+    Arguments and errors as for `gradient_attack`, and:
+
     Args:
-        model, images, labels, epsilon, norm, targeted, clip: as for `gradient_attack`.
         steps: gradient steps per restart.
         step_size: length of a step in `norm`; default 2.5 * epsilon / steps.
         restarts: number of starts.
@@ -98,9 +99,6 @@ def pgd_attack(
             seed 0, so that the same call gives the same result.
         early_stop: leave an image alone once it is misclassified. The same images are broken, in
             less time; each is returned as the first misclassified point, not as the worst.
-
-    Raises:
-        ValueError: for an argument out of its range.
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_count("steps", steps)

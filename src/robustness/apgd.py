@@ -39,8 +39,9 @@ def apgd_attack(
     misclassified it is left alone, and that point is returned. For the other images the point of
     highest margin is returned.
 
+    Arguments and errors as for `pgd_attack`; in addition or with another meaning:
+
     Args:
-        model, images, labels, epsilon, norm, clip, generator: as for `pgd_attack`.
         steps: gradient steps per start.
         restarts: number of starts (with `targets`, per target).
         loss: "cross_entropy"; "margin", the largest other logit minus that of the label; or
@@ -48,16 +49,13 @@ def apgd_attack(
             logit. The scale of the logits does not matter to the last two.
         targets: how many of the most likely other classes to approach, one after the other;
             `loss` then measures how near that class is to being chosen. 0: no single class.
-
-    Raises:
-        ValueError: for an argument out of its range.
     """
     images = checked(images, labels, epsilon, norm, clip)
-    plan = Plan(steps, restarts, loss, targets)
+    plan = Plan(steps, restarts, loss, targets, clip, generator)
     if epsilon == 0 or not len(images):
         return images.clone()
     with evaluation_form(model) as network:
-        return search(network, Ball(images, epsilon, norm, clip), labels, plan, generator).points
+        return search(network, Ball(images, epsilon, norm, clip), labels, plan).points
 
 
 class Ball:
@@ -68,11 +66,8 @@ class Ball:
 
     def __init__(self, images: Tensor, epsilon: float, norm: str, clip):
         self.origin, self.epsilon, self.norm = images, epsilon, norm
-        self._projection = projection(images, epsilon, norm, clip)
-
-    def project(self, points: Tensor, chosen: Tensor) -> Tensor:
-        """The nearest points of the space, for the images at the positions `chosen`."""
-        return self._projection(points, chosen)
+        # (points, chosen) -> the nearest points of the space, for the images at these positions.
+        self.project = projection(images, epsilon, norm, clip)
 
     def ascent(self, gradient: Tensor, chosen: Tensor) -> Tensor:
         """The change of steepest ascent; its length is the radius of the space."""
@@ -81,17 +76,19 @@ class Ball:
     def random(self, generator: torch.Generator) -> Tensor:
         """A random point of the space per image."""
         change = random_in_ball(self.origin, self.epsilon, self.norm, generator)
-        return self._projection(self.origin + change)
+        return self.project(self.origin + change)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search does; the arguments of `apgd_attack`, checked."""
+    """The arguments of `apgd_attack` that describe its search, checked."""
 
-    steps: int
-    restarts: int
-    loss: str
-    targets: int
+    steps: int = 100
+    restarts: int = 1
+    loss: str = "margin"
+    targets: int = 0
+    clip: tuple[float, float] = (0.0, 1.0)
+    generator: torch.Generator | None = None
 
     def __post_init__(self):
         check_count("steps", self.steps)
@@ -100,15 +97,12 @@ class Plan:
         check_loss(self.loss, LOSSES)
 
 
-def search(network, space, labels: Tensor, plan: Plan, generator) -> Worst:
+def search(network, space, labels: Tensor, plan: Plan) -> Worst:
     """Auto-PGD from every start and to every target, on the images that still stand.
 
-    Args:
-        network: points of the space -> logits (B, classes).
-        space: a `Ball`, or another space with its methods.
-        labels, plan, generator: as for `apgd_attack`.
+    `network` gives logits (B, classes) for the points of `space`, a `Ball` or the like.
     """
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = plan.generator or torch.Generator().manual_seed(0)
     worst = Worst(network, space.origin, labels, "margin", False)
     logits = worst.visit(space.origin, want_gradient=False).logits
     if plan.loss == "dlr" and logits.shape[1] < (4 if plan.targets else 3):

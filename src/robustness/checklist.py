@@ -5,7 +5,7 @@ as a program can go through it. If no check finds anything, that proves nothing.
 has to be understood before the numbers can be believed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -186,7 +186,7 @@ def _broken_by_multi_step(standing: Standing) -> dict[tuple[str, float], Tensor]
     return broken
 
 
-def _outputs(model: nn.Module, dataset: TensorDataset) -> list[dict]:
+def _outputs(model: nn.Module, dataset: TensorDataset) -> Iterator[dict]:
     """What the logits of the clean images and their gradients show, in one pass."""
     parts, images = batches(model, *dataset.tensors, batch_size=1000), len(dataset)
     with evaluation_form(model, probe=True) as network:
@@ -199,12 +199,10 @@ def _outputs(model: nn.Module, dataset: TensorDataset) -> list[dict]:
     }
     # A gradient of zero is never sound; that a few images are beyond doubt is.
     least = {"saturated loss": SATURATED * images, "probabilities": images}
-    counts = {check: sum(int(part[check].sum()) for part in signs) for check in seen}
-    return [
-        _warning(check, seen[check], count, images)
-        for check, count in counts.items()
-        if count >= max(least.get(check, 1), 1)
-    ]
+    for check, clause in seen.items():
+        count = sum(int(part[check].sum()) for part in signs)
+        if count >= max(least.get(check, 1), 1):
+            yield _warning(check, clause, count, images)
 
 
 def _signs(network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -222,43 +220,40 @@ def _signs(network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _multi_step_weaker(standing: Standing, broken: Mapping) -> list[dict]:
+def _multi_step_weaker(standing: Standing, broken: Mapping) -> Iterator[dict]:
     """Balls in which the single step breaks images that the multi-step attack does not."""
-    clean, warnings = standing[CLEAN], []
+    clean = standing[CLEAN]
     for ball, by_many in broken.items():
         after_one = standing.get((SINGLE_STEP, *ball), clean)
         only = int((clean & ~after_one & ~by_many).sum())
         if only > allowed(len(clean)):
             seen = "are broken by the single step alone"
-            warnings.append(_warning("multi-step weaker", seen, only, len(clean), *ball))
-    return warnings
+            yield _warning("multi-step weaker", seen, only, len(clean), *ball)
 
 
-def _rises_with_epsilon(broken: Mapping[tuple[str, float], Tensor]) -> list[dict]:
+def _rises_with_epsilon(broken: Mapping[tuple[str, float], Tensor]) -> Iterator[dict]:
     """Balls in which images stand that the attack broke in a smaller ball."""
-    warnings, check = [], "accuracy rises with epsilon"
+    check = "accuracy rises with epsilon"
     for (norm, epsilon), now in broken.items():
         for (other, smaller), before in broken.items():
             lost = int((before & ~now).sum())
             if other == norm and smaller < epsilon and lost > allowed(len(now)):
                 seen = f"are broken within {smaller:g} but not here"
-                warnings.append(_warning(check, seen, lost, len(now), norm, epsilon))
-    return warnings
+                yield _warning(check, seen, lost, len(now), norm, epsilon)
 
 
-def _above_chance(curve: Sequence[Mapping], dataset: TensorDataset) -> list[dict]:
+def _above_chance(curve: Sequence[Mapping], dataset: TensorDataset) -> Iterator[dict]:
     """Radii of at least 1/2 in linf at which accuracy is above chance.
 
     Every image can be made grey there, and of equal images a model can only get those of one
     class right. So chance is the share of the most frequent class, on MNIST 11 %.
     """
     chance = dataset.tensors[1].bincount().max() / len(dataset)
-    return [
-        _warning("above chance", "stand", row["correct"], row["images"], "linf", row["epsilon"])
-        for row in curve
+    for row in curve:
         # Even the lower end of the 95 % interval.
-        if row["norm"] == "linf" and row["epsilon"] >= 0.5 and row["low"] > chance
-    ]
+        if row["norm"] == "linf" and row["epsilon"] >= 0.5 and row["low"] > chance:
+            where = (row["correct"], row["images"], "linf", row["epsilon"])
+            yield _warning("above chance", "stand", *where)
 
 
 # Check -> what its attack is called in a sentence.
@@ -284,9 +279,8 @@ def _stronger(standing: Standing, broken: Mapping, others: Others) -> list[dict]
     return list(worst.values())
 
 
-def _noise_as_strong(broken: Mapping, others: Others) -> list[dict]:
+def _noise_as_strong(broken: Mapping, others: Others) -> Iterator[dict]:
     """Balls in which the multi-step attack breaks hardly more images than random noise does."""
-    warnings = []
     for (check, *ball), (sample, fallen) in others.items():
         few = allowed(len(sample))
         by_noise, by_attack = (int(f[sample].sum()) for f in (fallen, broken[tuple(ball)]))
@@ -296,5 +290,4 @@ def _noise_as_strong(broken: Mapping, others: Others) -> list[dict]:
         close = by_noise > 3 * few and by_attack <= by_noise + few
         if check == "noise as strong" and close and not everything:
             seen = f"are broken by noise, {by_attack:,} by the attack"
-            warnings.append(_warning(check, seen, by_noise, len(sample), *ball))
-    return warnings
+            yield _warning(check, seen, by_noise, len(sample), *ball)

@@ -32,15 +32,8 @@ def few_pixels_attack(
     in place of its map. It runs once for each length in MOVES; the shortest change that breaks an
     image counts.
 
-    Args:
-        model, images, labels, epsilon, clip: as for `pgd_attack`.
-        norm: "l2"; in linf all pixels may move far at once.
-
-    Returns:
-        Images in the ball and in `clip`; the clean image where nothing broke it.
-
-    Raises:
-        ValueError: for an argument out of its range, and for another norm.
+    Returns images in the ball and in `clip`; the clean image where nothing broke it. Arguments and
+    errors as for `pgd_attack`, but `norm` must be "l2": in linf all pixels may move far at once.
     """
     images = checked(images, labels, epsilon, norm, clip)
     if norm != "l2":

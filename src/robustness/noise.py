@@ -24,16 +24,8 @@ def random_noise(
 
     For "linf" a random corner of the ball, for "l2" a random point of the sphere, cut to [0, 1].
 
-    Args:
-        model, images, labels, epsilon, norm: as for `pgd_attack`.
-        draws: tries per image.
-        seed: of the noise.
-
-    Returns:
-        Images in the ball and in [0, 1]; the clean image where no draw broke it.
-
-    Raises:
-        ValueError: for an argument out of its range.
+    Returns images in the ball and in [0, 1]; the clean image where no draw broke it. Arguments
+    and errors as for `pgd_attack`; `draws` tries per image, with noise from `seed`.
     """
     images = checked(images, labels, epsilon, norm, (0.0, 1.0))
     check_count("draws", draws)

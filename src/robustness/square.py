@@ -33,13 +33,11 @@ def square_attack(
     l2 a square takes over the length that another had. The model is only asked for its logits, so
     hidden gradients do not stop this attack. A misclassified image is left alone.
 
+    Arguments and errors as for `pgd_attack`, and:
+
     Args:
-        model, images, labels, epsilon, norm, clip, generator: as for `pgd_attack`.
         queries: calls of the model per image, at most.
         share: area of the first squares, as a share of the image, at most 1.
-
-    Raises:
-        ValueError: for an argument out of its range.
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_count("queries", queries)

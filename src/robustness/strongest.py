@@ -24,12 +24,7 @@ from src.verdicts import Worst, batches, judge, margin, stands, with_gradients
 
 @with_gradients()
 def strongest_attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str = "linf",
-    **options,
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = "linf", **options
 ) -> Tensor:
     """Per image the worst of all stages; arguments as for `strongest_attack_stages`.
 
@@ -62,9 +57,9 @@ def strongest_attack_stages(
     margin and the classes are attacked behind these as well (in linf only there). A warning says
     if thresholds were found that cannot be taken away.
 
+    Arguments as for `pgd_attack` (all that is random comes from `generator`), and:
+
     Args:
-        model, images, labels, epsilon, norm, clip, generator: as for `pgd_attack`; `generator`
-            is the source of everything random.
         steps: gradient steps per start.
         restarts: starts on the margin; there are two per target.
         targets: how many of the most likely other classes to approach.

@@ -27,20 +27,9 @@ LEAP = 16.0
 
 @with_gradients()
 def thresholds_attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str = "linf",
-    *,
-    steps: int = 100,
-    restarts: int = 1,
-    loss: str = "margin",
-    targets: int = 0,
-    clip: tuple[float, float] = (0.0, 1.0),
-    generator: torch.Generator | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = "linf", **options
 ) -> Tensor:
-    """Auto-PGD behind the thresholds of `model`; arguments as for `apgd_attack`.
+    """Auto-PGD behind the thresholds of `model`; arguments and `options` as for `apgd_attack`.
 
     In linf the reachable z are a box, because z never falls as x rises. The search is that of any
     other network, in a ball whose width differs from pixel to pixel. In l2 they are not convex:
@@ -51,8 +40,8 @@ def thresholds_attack(
         ValueError: for an argument out of its range, and for a model that has no `thresholds`, or
             whose copy still applies them after they are set to None.
     """
-    images = checked(images, labels, epsilon, norm, clip)
-    plan = Plan(steps, restarts, loss, targets)
+    plan = Plan(**options)
+    images = checked(images, labels, epsilon, norm, plan.clip)
     model = unwrapped(model)
     if getattr(model, "thresholds", None) is None:
         raise ValueError("'model' has no thresholds; use apgd_attack.")
@@ -60,9 +49,9 @@ def thresholds_attack(
         return images.clone()
     with evaluation_form(model) as network:
         behind = behind_thresholds(network, images, model.thresholds)
-        space = (_Box if norm == "linf" else _Sparse)(images, epsilon, clip, model.thresholds)
-        found = search(behind, space, labels, plan, generator).points
-        points = projection(images, epsilon, norm, clip)(space.pixels(found))
+        space = (_Box if norm == "linf" else _Sparse)(images, epsilon, plan.clip, model.thresholds)
+        found = search(behind, space, labels, plan).points
+        points = projection(images, epsilon, norm, plan.clip)(space.pixels(found))
         # The network itself judges the pixels: its rounding may differ.
         worst = Worst(network, images, labels, "margin", False)
         for candidates in (images, points):

@@ -150,7 +150,7 @@ def test_the_attack_behind_the_ramp_is_tried_on_networks_with_thresholds(monkeyp
     worst, _ = check(found, 2)
     for (norm, epsilon), hits in worst.items():
         for attack, options in (
-            (thresholds_attack, module.RAMP[norm]),
+            (thresholds_attack, module.THRESHOLDS_OPTIONS[norm]),
             (few_pixels_attack, {}),
         ):
             if attack is few_pixels_attack and norm == "linf":
