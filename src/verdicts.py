@@ -118,13 +118,10 @@ def judge(network, points: Tensor, labels: Tensor, loss: Callable, want_gradient
 
 
 class Worst:
-    """Per image, the worst point visited so far.
+    """Per image, the worst point visited so far: `points`, and `value`, the loss there.
 
-    Attributes:
-        points: (B, C, H, W), the points.
-        value: (B,), the loss there.
-        standing: bool (B,), whether no visited point was misclassified (for a targeted attack:
-            whether none was put into the class of its label).
+    `standing`, bool (B,): no point of the image broke it. A targeted attack breaks an image when
+    it is put into the class of its label.
     """
 
     def __init__(self, network, images: Tensor, labels: Tensor, loss: str, targeted: bool):

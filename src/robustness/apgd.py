@@ -18,30 +18,11 @@ MOMENTUM = 0.75
 RISING = 0.75
 
 
-@with_gradients()
-def apgd_attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str = "linf",
-    *,
-    steps: int = 100,
-    restarts: int = 1,
-    loss: str = "margin",
-    targets: int = 0,
-    clip: tuple[float, float] = (0.0, 1.0),
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Auto-PGD (Croce and Hein, ICML 2020): steps of 2 * epsilon, halved where they stop helping.
+@dataclass(frozen=True)
+class Plan:
+    """The options of `apgd_attack` and `thresholds_attack`, checked.
 
-    The first start is the image itself, further ones are random in the ball. Once an image is
-    misclassified it is left alone, and that point is returned. For the other images the point of
-    highest margin is returned.
-
-    Arguments and errors as for `pgd_attack`; in addition or with another meaning:
-
-    Args:
+    Attributes:
         steps: gradient steps per start.
         restarts: number of starts (with `targets`, per target).
         loss: "cross_entropy"; "margin", the largest other logit minus that of the label; or
@@ -49,13 +30,41 @@ def apgd_attack(
             logit. The scale of the logits does not matter to the last two.
         targets: how many of the most likely other classes to approach, one after the other;
             `loss` then measures how near that class is to being chosen. 0: no single class.
+        clip: range of the result.
+        generator: source of the random starts, on the CPU; default: one with seed 0.
     """
-    images = checked(images, labels, epsilon, norm, clip)
-    plan = Plan(steps, restarts, loss, targets, clip, generator)
+
+    steps: int = 100
+    restarts: int = 1
+    loss: str = "margin"
+    targets: int = 0
+    clip: tuple[float, float] = (0.0, 1.0)
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
+        check_count("targets", self.targets, 0)
+        check_loss(self.loss, LOSSES)
+
+
+@with_gradients()
+def apgd_attack(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = "linf", **options
+) -> Tensor:
+    """Auto-PGD (Croce and Hein, ICML 2020): steps of 2 * epsilon, halved where they stop helping.
+
+    The first start is the image itself, further ones are random in the ball. Once an image is
+    misclassified it is left alone, and that point is returned. For the other images the point of
+    highest margin is returned. Arguments and errors as for `pgd_attack`; `options`: see `Plan`.
+    """
+    plan = Plan(**options)
+    images = checked(images, labels, epsilon, norm, plan.clip)
     if epsilon == 0 or not len(images):
         return images.clone()
+    space = Ball(images, epsilon, norm, plan.clip)
     with evaluation_form(model) as network:
-        return search(network, Ball(images, epsilon, norm, clip), labels, plan).points
+        return search(network, space, labels, plan).points
 
 
 class Ball:
@@ -77,24 +86,6 @@ class Ball:
         """A random point of the space per image."""
         change = random_in_ball(self.origin, self.epsilon, self.norm, generator)
         return self.project(self.origin + change)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The arguments of `apgd_attack` that describe its search, checked."""
-
-    steps: int = 100
-    restarts: int = 1
-    loss: str = "margin"
-    targets: int = 0
-    clip: tuple[float, float] = (0.0, 1.0)
-    generator: torch.Generator | None = None
-
-    def __post_init__(self):
-        check_count("steps", self.steps)
-        check_count("restarts", self.restarts)
-        check_count("targets", self.targets, 0)
-        check_loss(self.loss, LOSSES)
 
 
 def search(network, space, labels: Tensor, plan: Plan) -> Worst:

@@ -22,6 +22,9 @@ from src.models import ABSTAIN, SmoothClassifier
 from src.utils import progress_bar, spread_indices, subset
 from src.verdicts import gradient_of, with_gradients
 
+# Noisy copies per image that stand in for the expectation.
+DRAWS = 16
+
 
 @with_gradients()
 def smoothed_attack(
@@ -31,7 +34,6 @@ def smoothed_attack(
     radii: Tensor,
     *,
     steps: int = 20,
-    draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Push each image away from its class of the smoothed classifier, within its own l2 ball.
@@ -45,7 +47,6 @@ def smoothed_attack(
         classes: int64 (B,), the classes that the smoothed classifier predicts.
         radii: (B,), l2 in pixel units, at least 0.
         steps: gradient steps.
-        draws: noisy copies per image that stand in for the expectation.
         generator: source of start and noise, on the CPU; default: one with seed 0.
 
     Returns:
@@ -61,11 +62,10 @@ def smoothed_attack(
     if not (numbers and bool(((radii >= 0) & radii.isfinite()).all())):
         raise ValueError("'radii' must hold one finite number of at least 0 for each image.")
     check_count("steps", steps)
-    check_count("draws", draws)
     generator = generator or torch.Generator().manual_seed(0)
     radii = per_image(radii.to(images))
     start = torch.randn(images.shape, generator=generator).to(images)
-    noise = torch.randn((draws, *images.shape), generator=generator).to(images) * smooth.sigma
+    noise = torch.randn((DRAWS, *images.shape), generator=generator).to(images) * smooth.sigma
     points = _within(images, images + radii * start, radii)
     with evaluation_form(smooth.base_classifier, probe=True) as base:
         for _ in range(steps):

@@ -51,13 +51,13 @@ def attack_evaluation(
         Lists of rows by name: `table` as of `table_rows`, `smallest_epsilons` as of
         `epsilon_rows`, `curve` as of `epsilon_curves`, `warnings` as of `evaluation_warnings`.
     """
-    dataset = subset(test, indices)
+    dataset, indices = subset(test, indices), np.asarray(indices)
     standing = attack_hits(model, dataset, steps=steps, radii=radii)
     alone = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1))
     others = other_attacks(model, dataset, standing)
     broken = {key: ~still for key, still in standing.items()}
     broken |= {key: tried.broken for key, tried in others.items()}
-    known = _smallest_known(model, test, np.asarray(indices), broken, alone, radii)
+    known = _smallest_known(model, test, indices, broken, alone, radii)
     table = {}
     for (attack, norm, epsilon), still in standing.items():
         table[attack, norm, epsilon] = still

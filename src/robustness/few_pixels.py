@@ -14,17 +14,12 @@ from src.verdicts import batches, judge, margin, stands, with_gradients
 
 # How far a pixel is moved: past a threshold in the middle, or from end to end.
 MOVES = (0.5, 0.75, 1.0)
+CLIP = (0.0, 1.0)
 
 
 @with_gradients()
 def few_pixels_attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str = "l2",
-    *,
-    clip: tuple[float, float] = (0.0, 1.0),
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = "l2"
 ) -> Tensor:
     """Move one pixel after the other as far as it goes, the one that raises the margin most first.
 
@@ -32,16 +27,16 @@ def few_pixels_attack(
     in place of its map. It runs once for each length in MOVES; the shortest change that breaks an
     image counts.
 
-    Returns images in the ball and in `clip`; the clean image where nothing broke it. Arguments and
+    Returns images in the ball and in [0, 1]; the clean image where nothing broke it. Arguments and
     errors as for `pgd_attack`, but `norm` must be "l2": in linf all pixels may move far at once.
     """
-    images = checked(images, labels, epsilon, norm, clip)
+    images = checked(images, labels, epsilon, norm, CLIP)
     if norm != "l2":
         raise ValueError(f"'norm' = {norm!r}: few pixels are no restriction there; use 'l2'.")
     limits = torch.full((len(images),), float(epsilon), dtype=torch.float64)
     with evaluation_form(model) as network:
-        points, _ = _shortest(network, images, labels, limits, clip)
-        points = projection(images, epsilon, norm, clip)(points)
+        points, _ = _shortest(network, images, labels, limits)
+        points = projection(images, epsilon, norm, CLIP)(points)
         # The projection may have made a point harmless by rounding, so it is judged again.
         return torch.where(per_image(stands(network, points, labels)), images, points)
 
@@ -60,27 +55,27 @@ def few_pixels_lengths(
     Returns:
         float64 (B,) on the CPU: 0 for misclassified images, inf where nothing was found.
     """
-    found, clip = [], (0.0, 1.0)
+    found = []
     parts = batches(model, images, labels, batch_size=batch_size)
     with evaluation_form(model) as network:
         for (part, classes), most in zip(parts, limits.split(batch_size), strict=True):
-            part = checked(part, classes, float(most.max()), "l2", clip)
-            found.append(_shortest(network, part, classes, most.double(), clip)[1])
+            part = checked(part, classes, float(most.max()), "l2", CLIP)
+            found.append(_shortest(network, part, classes, most.double())[1])
     return torch.cat(found)
 
 
-def _shortest(network, images, labels, limits, clip) -> tuple[Tensor, Tensor]:
+def _shortest(network, images, labels, limits) -> tuple[Tensor, Tensor]:
     """The nearest misclassified points within `limits` that any move found, and their distances.
 
     Where there is none: the image, and inf.
     """
     points, lengths = images.clone(), torch.full_like(limits, torch.inf)
     for move in MOVES:
-        _walk(network, images, labels, limits.minimum(lengths), move, clip, points, lengths)
+        _walk(network, images, labels, limits.minimum(lengths), move, points, lengths)
     return points, lengths
 
 
-def _walk(network, images, labels, limits, move: float, clip, points, lengths) -> None:
+def _walk(network, images, labels, limits, move: float, points, lengths) -> None:
     """Move pixels by `move` until the class changes or the limit is reached.
 
     The first misclassified point of each image is written to `points`, its distance to `lengths`.
@@ -100,12 +95,12 @@ def _walk(network, images, labels, limits, move: float, clip, points, lengths) -
         if not len(going):
             return
         chosen = chosen[going]
-        here = _moved(here[going], images[chosen], gradient[going], move, clip)
+        here = _moved(here[going], images[chosen], gradient[going], move)
 
 
-def _moved(points, images, gradient, move: float, clip) -> Tensor:
+def _moved(points, images, gradient, move: float) -> Tensor:
     """`points` with one more pixel moved, the one that promises the largest gain."""
-    moved = (images + move * gradient.sign()).clamp(*clip)
+    moved = (images + move * gradient.sign()).clamp(*CLIP)
     # Each pixel moves once.
     gain = (gradient * (moved - points)).masked_fill(points != images, 0).flatten(1)
     best = gain.argmax(dim=1, keepdim=True)

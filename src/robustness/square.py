@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from src.attacks import checked
 from src.balls import l2_length, linf_box, per_image, projection
-from src.checks import check_count, check_number
+from src.checks import check_count
 from src.engine.untouched import evaluation_form
 from src.verdicts import Worst
 
+# Area of the first squares, as a share of the image.
+SHARE = 0.8
 # After how many of 10,000 queries the area of the squares is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -23,7 +25,6 @@ def square_attack(
     norm: str = "linf",
     *,
     queries: int = 5000,
-    share: float = 0.8,
     clip: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -33,17 +34,10 @@ def square_attack(
     l2 a square takes over the length that another had. The model is only asked for its logits, so
     hidden gradients do not stop this attack. A misclassified image is left alone.
 
-    Arguments and errors as for `pgd_attack`, and:
-
-    Args:
-        queries: calls of the model per image, at most.
-        share: area of the first squares, as a share of the image, at most 1.
+    Arguments and errors as for `pgd_attack`; `queries`: calls of the model per image, at most.
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_count("queries", queries)
-    check_number("share", share, positive=True)
-    if share > 1:
-        raise ValueError(f"'share' = {share:g} must be at most 1.")
     if epsilon == 0 or not len(images):
         return images.clone()
     generator = generator or torch.Generator().manual_seed(0)
@@ -55,7 +49,7 @@ def square_attack(
         start, change = moves(images, epsilon, clip, generator)
         points = start[chosen]
         value = torch.full_like(worst.value[chosen], -torch.inf)
-        for query, side in enumerate(_sides(images, queries, share)):
+        for query, side in enumerate(_sides(images, queries)):
             if not len(chosen):
                 break
             tried = change(points, chosen, side) if query else points
@@ -69,12 +63,12 @@ def square_attack(
     return worst.points
 
 
-def _sides(images: Tensor, queries: int, share: float) -> Iterator[int]:
+def _sides(images: Tensor, queries: int) -> Iterator[int]:
     """The side of the square of each query, in pixels: large at first, then ever smaller."""
     area = images.shape[2] * images.shape[3]
     for query in range(queries):
         halvings = sum(query * 10_000 / queries > after for after in HALVINGS)
-        yield min(max(round((share * 0.5**halvings * area) ** 0.5), 1), *images.shape[2:])
+        yield min(max(round((SHARE * 0.5**halvings * area) ** 0.5), 1), *images.shape[2:])
 
 
 def _corner(images: Tensor, side: int, generator) -> tuple[slice, slice]:

@@ -29,7 +29,7 @@ LEAP = 16.0
 def thresholds_attack(
     model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = "linf", **options
 ) -> Tensor:
-    """Auto-PGD behind the thresholds of `model`; arguments and `options` as for `apgd_attack`.
+    """Auto-PGD behind the thresholds of `model`; arguments as for `apgd_attack`.
 
     In linf the reachable z are a box, because z never falls as x rises. The search is that of any
     other network, in a ball whose width differs from pixel to pixel. In l2 they are not convex:

@@ -70,9 +70,6 @@ def test_noise_returns_the_clean_image_where_it_fails():
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_bad_arguments_are_named(attack):
     images, labels = shades([0.2]).tensors
-    count = "draws" if attack is random_noise else "queries"
-    with pytest.raises(ValueError, match=f"'{count}'"):
-        attack(MeanPixel(), images, labels, 0.1, **{count: 0})
     with pytest.raises(ValueError, match="'norm'"):
         attack(MeanPixel(), images, labels, 0.1, "l1")
     with pytest.raises(ValueError, match="'images'"):
