@@ -1,11 +1,11 @@
 """Attacks on classifiers: pure functions, images in, adversarial images out.
 
-Each returns a detached tensor of the dtype and device of `images`, and leaves the model as it
-was: modes, batch-normalisation statistics, `.grad` of every parameter. The model is attacked in
-evaluation mode. Results lie in the ball and in `clip` as stored, not only up to rounding.
+Each returns a detached tensor of the dtype and device of `images`. The model is attacked in
+evaluation mode and left as it was: modes, batch-normalisation statistics, `.grad` of every
+parameter. Results lie in the ball and in `clip` as stored, not only up to rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from src.checks import (
     check_number,
 )
 from src.engine.untouched import evaluation_form
-from src.verdicts import Worst, value_and_gradient, with_gradients
-
-LOSSES = ("cross_entropy", "margin")
+from src.verdicts import LOSSES, Worst, batches, cross_entropy, judge, with_gradients
 
 
 @with_gradients()
@@ -44,7 +42,7 @@ def gradient_attack(
 
     Args:
         model: images -> logits (B, classes).
-        images: (B, 1, 28, 28), pixels in [0, 1].
+        images: (B, C, H, W), pixels in [0, 1].
         labels: int64 (B,), the true classes (`targeted`: the classes to reach).
         epsilon: radius of the ball, in pixel units.
         norm: "linf" or "l2".
@@ -57,10 +55,11 @@ def gradient_attack(
     images = checked(images, labels, epsilon, norm, clip)
     if epsilon == 0 or not len(images):
         return images.clone()
-    with evaluation_form(model) as network:
-        _, _, gradient = value_and_gradient(network, images, labels, "cross_entropy", targeted)
     project = projection(images, epsilon, norm, clip)
-    return project(images + epsilon * direction(gradient, norm))
+    with evaluation_form(model) as network:
+        gradient = judge(network, images, labels, cross_entropy).gradient
+    step = -epsilon if targeted else epsilon
+    return project(images + step * direction(gradient, norm))
 
 
 @with_gradients()
@@ -82,66 +81,67 @@ def pgd_attack(
 ) -> Tensor:
     """Projected gradient ascent (Madry et al., ICLR 2018), per image the worst point visited.
 
-    The first start is the image moved by one full step up `loss` (`gradient_attack`, if that is
-    the cross-entropy), so the result is at least as strong, image by image; further starts, and
-    the first as well when a `generator` is given, are random in the ball. A point beats another
-    if it is misclassified and the other is not, or else if its loss is higher.
+    x <- project(x + step_size * direction(grad)), `steps` times from each start. Without a
+    `generator`, the first start is the image moved by one full step up `loss`, and further starts
+    are random in the ball. With one, all starts are random, and that first point is visited as
+    well. So per image the result is at least as strong as `gradient_attack`, if `loss` is the
+    cross-entropy. A misclassified point is worse than any other; else the higher loss is worse.
+
+    Arguments and errors as for `gradient_attack`, and:
 
     Args:
-        model: images -> logits (B, classes).
-        images: (B, 1, 28, 28), pixels in [0, 1].
-        labels: int64 (B,), the true classes (`targeted`: the classes to reach).
-        epsilon: radius of the ball, in pixel units.
-        norm: "linf" or "l2".
         steps: gradient steps per restart.
         step_size: length of a step in `norm`; default 2.5 * epsilon / steps.
         restarts: number of starts.
         loss: "cross_entropy", or "margin", the largest other logit minus that of the label:
             its gradient survives saturated probabilities.
-        targeted: approach `labels` instead of leaving them.
-        clip: range of the result.
-        generator: source of the random starts, on the CPU; without it a private one with
+        generator: source of the random starts, on the CPU. The default is a private one with
             seed 0, so that the same call gives the same result.
-        early_stop: leave an image alone once it is misclassified. The same images fall, sooner;
-            the points returned for them are the first that were found, not the worst.
-
-    Raises:
-        ValueError: for an argument out of its range.
+        early_stop: leave an image alone once it is misclassified. The same images are broken, in
+            less time; each is returned as the first misclassified point, not as the worst.
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_count("steps", steps)
     check_count("restarts", restarts)
     if step_size is not None:
         check_number("step_size", step_size, positive=True)
-    if loss not in LOSSES:
-        raise ValueError(f"'loss' is {loss!r}; use one of {', '.join(map(repr, LOSSES))}.")
+    check_loss(loss, LOSSES)
     if epsilon == 0 or not len(images):
         return images.clone()
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
-    starts = generator or torch.Generator().manual_seed(0)
+    source = generator or torch.Generator().manual_seed(0)
     project = projection(images, epsilon, norm, clip)
+
+    def step(points: Tensor, gradient: Tensor, chosen) -> Tensor:
+        return project(points + step_size * direction(gradient, norm), chosen)
+
     with evaluation_form(model) as network:
         worst = Worst(network, images, labels, loss, targeted)
-        gradient = worst.visit(images)
-        single_step = project(images + epsilon * direction(gradient, norm))
+        single_step = project(images + epsilon * direction(worst.visit(images).gradient, norm))
         for restart in range(restarts):
-            if restart == 0 and generator is None:
-                points = single_step
-            else:
+            start = single_step
+            if restart or generator:
                 # Drawn for all images, so that no image's start depends on which others stand.
-                points = project(images + random_in_ball(images, epsilon, norm, starts))
-            chosen = worst.standing() if early_stop else slice(None)
-            points = points[chosen]
-            for _ in range(steps):
-                gradient = worst.visit(points, chosen)
-                points = project(points + step_size * direction(gradient, norm), chosen)
-                if early_stop:
-                    left = worst.standing(chosen)
-                    chosen, points = chosen[left], points[left]
-            worst.visit(points, chosen, want_gradient=False)
-        if generator is not None:
+                start = project(images + random_in_ball(images, epsilon, norm, source))
+            _ascend(worst, start, step, steps, early_stop)
+        if generator:
             worst.visit(single_step, want_gradient=False)
     return worst.points
+
+
+def _ascend(worst: Worst, points: Tensor, step: Callable, steps: int, early_stop: bool) -> None:
+    """Visit the points of one run of PGD; with `early_stop`, only of images that still stand."""
+    chosen = worst.standing.nonzero()[:, 0] if early_stop else slice(None)
+    points = points[chosen]
+    for _ in range(steps):
+        if not len(points):
+            return
+        points = step(points, worst.visit(points, chosen).gradient, chosen)
+        if early_stop:
+            standing = worst.standing[chosen]
+            chosen, points = chosen[standing], points[standing]
+    if len(points):
+        worst.visit(points, chosen, want_gradient=False)
 
 
 @with_gradients()
@@ -171,7 +171,7 @@ def random_start_attack(
     generator = generator or torch.Generator().manual_seed(0)
     points = project(images + random_in_ball(images, epsilon, norm, generator))
     with evaluation_form(model) as network:
-        _, _, gradient = value_and_gradient(network, points, labels, "cross_entropy", False)
+        gradient = judge(network, points, labels, cross_entropy).gradient
     return project(points + step_size * direction(gradient, norm))
 
 
@@ -182,28 +182,28 @@ def attack_dataset(
     attack: Callable[[nn.Module, Tensor, Tensor], Tensor],
     *,
     batch_size: int = 1000,
-    device: str | torch.device | None = None,
 ) -> TensorDataset:
-    """The adversarial twin of a data set: `attack(model, images, labels)` batch by batch.
+    """The adversarial twin of a data set: its images attacked batch by batch, where the model is.
 
     Args:
         model: images -> logits (B, classes).
-        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
-        attack: returns the attacked images of one batch.
-        batch_size: images a batch.
-        device: where the attack runs; default: where the model is.
+        dataset: images (N, C, H, W) in [0, 1] and int64 labels (N,).
+        attack: (model, images, labels) -> the attacked images of one batch.
+        batch_size: images per batch.
 
     Returns:
         TensorDataset of the attacked images and the same labels, on the CPU.
+
+    Raises:
+        ValueError: for an argument out of its range, or an attack that returns no images.
     """
     check_count("batch_size", batch_size)
     check_dataset(dataset)
-    device = device or next(model.parameters(), dataset.tensors[0]).device
-    batches = [
-        attacked_batch(attack, model, images.to(device), labels.to(device)).cpu()
-        for images, labels in zip(*(t.split(batch_size) for t in dataset.tensors), strict=True)
+    attacked = [
+        attacked_batch(attack, model, images, labels).cpu()
+        for images, labels in batches(model, *dataset.tensors, batch_size=batch_size)
     ]
-    return TensorDataset(torch.cat(batches), dataset.tensors[1].clone())
+    return TensorDataset(torch.cat(attacked), dataset.tensors[1].clone())
 
 
 def attacked_batch(attack: Callable, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -213,20 +213,31 @@ def attacked_batch(attack: Callable, model: nn.Module, images: Tensor, labels: T
         ValueError: unless it returns images in [0, 1] of the same shape and dtype.
     """
     found = attack(model, images.clone(), labels.clone())
-    given, wanted = (
-        f"a tensor {tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        for x in (found, images)
-    )
-    if given != wanted:
-        raise ValueError(f"'attack' returned {given}; expected the attacked images, {wanted}.")
+    if _described(found) != _described(images):
+        raise ValueError(
+            f"'attack' returned {_described(found)}; expected the attacked images, "
+            f"{_described(images)}."
+        )
     # A NaN fails both comparisons.
     if not bool(((found >= 0) & (found <= 1)).all()):
         raise ValueError("'attack' returned pixels outside [0, 1] or NaN; clamp them to [0, 1].")
     return found.detach().to(images.device)
 
 
+def _described(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return type(value).__name__
+
+
+def check_loss(loss: str, losses: Iterable[str]) -> None:
+    """Raise ValueError unless `loss` is one of the names in `losses`."""
+    if loss not in losses:
+        raise ValueError(f"'loss' is {loss!r}; use one of {', '.join(map(repr, losses))}.")
+
+
 def checked(images, labels, epsilon, norm, clip) -> Tensor:
-    """Detached images, after every argument that the attacks share has been checked."""
+    """Detached images, after a check of the arguments that all attacks share."""
     check_ball(epsilon, norm)
     check_images(images)
     check_labels(labels, len(images))

@@ -26,7 +26,7 @@ from src.optimisation import processes
 from src.optimisation.augmentation import shuffled
 from src.optimisation.updates import OPTIMIZERS, average_weights, updater
 from src.utils import progress_bar, subset
-from src.verdicts import right, with_gradients
+from src.verdicts import stands, with_gradients
 
 Loss = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -293,7 +293,7 @@ def correct(
             images, labels = images.to(device), labels.to(device)
             if attack is not None:
                 images = attacked_batch(attack, model, images, labels)
-            standing.append(right(network, images, labels).cpu())
+            standing.append(stands(network, images, labels).cpu())
     return torch.cat(standing)
 
 

@@ -20,7 +20,7 @@ from src.robustness.challenge import challenge_certificates, smoothed_attack
 from src.robustness.checklist import evaluation_warnings
 from src.robustness.few_pixels import few_pixels_attack
 from src.robustness.fixed_radii import attack_hits
-from src.robustness.noise import random_noise, random_search
+from src.robustness.noise import random_noise
 from src.robustness.smallest_epsilon import smallest_epsilons
 from src.robustness.square import square_attack
 from src.robustness.strongest import hits_by_stage, strongest_attack
@@ -80,7 +80,6 @@ ATTACKS = {
     "few pixels": partial(few_pixels_attack, epsilon=2.0),
     "square": partial(square_attack, epsilon=0.3, queries=10),
     "noise": partial(random_noise, epsilon=0.3),
-    "search": partial(random_search, epsilon=0.3, queries=10),
     "strongest": partial(strongest_attack, epsilon=0.3, steps=3, queries=10),
     "smoothed": lambda m, x, y: smoothed_attack(smooth(m), x, y, torch.ones(len(x)), steps=2),
 }
@@ -234,7 +233,7 @@ class Holed(nn.Module):
         return torch.where(level > 0.1, torch.nan, logits)
 
 
-@pytest.mark.parametrize("attack", ["square", "noise", "search", "strongest"])
+@pytest.mark.parametrize("attack", ["square", "noise", "strongest"])
 def test_an_attack_that_reaches_nan_has_broken_the_image(attack):
     black = TensorDataset(torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64))
     assert accuracy(Holed(), black) == 1
@@ -251,7 +250,7 @@ def test_a_nan_value_gives_way_to_a_better_point():
     assert torch.equal(worst.points[0], images[0] - 3)
 
 
-@pytest.mark.parametrize("attack", ["square", "noise", "search"])
+@pytest.mark.parametrize("attack", ["square", "noise"])
 def test_infinite_logits_do_not_end_a_search(attack):
     def forward(images):
         # Right by a tie of infinities, wrong where the upper half is brighter.
@@ -299,7 +298,7 @@ CUTS = {
     "no backward": Step.apply,
     "no derivative": lambda images: torch.heaviside(images - 0.5, torch.zeros(())),
 }
-WITH_GRADIENTS = sorted(ATTACKS.keys() - {"square", "noise", "search", "smoothed"})
+WITH_GRADIENTS = sorted(ATTACKS.keys() - {"square", "noise", "smoothed"})
 
 
 def greys():

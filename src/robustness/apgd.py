@@ -2,182 +2,205 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.attacks import checked
-from src.balls import direction, projection, random_in_ball
-from src.checks import check_count, predicted
+from src.attacks import check_loss, checked
+from src.balls import direction, per_image, projection, random_in_ball
+from src.checks import check_count
 from src.engine.untouched import evaluation_form
-from src.verdicts import Worst, gradient_of, known, logits_of, margin, with_gradients
+from src.verdicts import Verdict, Worst, cross_entropy, judge, known, margin, with_gradients
 
 MOMENTUM = 0.75
 # Halve the step where fewer than this share of the steps since the last checkpoint went up.
 RISING = 0.75
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The options of `apgd_attack` and `thresholds_attack`, checked.
+
+    Attributes:
+        steps: gradient steps per start.
+        restarts: number of starts (with `targets`, per target).
+        loss: "cross_entropy"; "margin", the largest other logit minus that of the label; or
+            "dlr", the margin divided by the distance between the first and the third largest
+            logit. The scale of the logits does not matter to the last two.
+        targets: how many of the most likely other classes to approach, one after the other;
+            `loss` then measures how near that class is to being chosen. 0: no single class.
+        clip: range of the result.
+        generator: source of the random starts, on the CPU; default: one with seed 0.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    loss: str = "margin"
+    targets: int = 0
+    clip: tuple[float, float] = (0.0, 1.0)
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
+        check_count("targets", self.targets, 0)
+        check_loss(self.loss, LOSSES)
+
+
 @with_gradients()
 def apgd_attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str = "linf",
-    *,
-    steps: int = 100,
-    restarts: int = 1,
-    loss: str = "margin",
-    targets: int = 0,
-    clip: tuple[float, float] = (0.0, 1.0),
-    generator: torch.Generator | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = "linf", **options
 ) -> Tensor:
     """Auto-PGD (Croce and Hein, ICML 2020): steps of 2 * epsilon, halved where they stop helping.
 
-    The first start is the image itself, further ones are random in the ball. A misclassified
-    image is left alone: what is returned for it is the first such point, for the others the
-    point of highest margin visited.
-
-    Args:
-        model: images -> logits (B, classes).
-        images: (B, 1, 28, 28), pixels in [0, 1].
-        labels: int64 (B,), the true classes.
-        epsilon: radius of the ball, in pixel units.
-        norm: "linf" or "l2".
-        steps: gradient steps per start.
-        restarts: number of starts (with `targets`, for each of them).
-        loss: "cross_entropy"; "margin", the largest other logit minus that of the label; or
-            "dlr", the margin divided by the distance between the first and the third largest
-            logit. The last two do not mind how large the logits are.
-        targets: 0, or how many of the most likely other classes to approach, one after the
-            other: `loss` then measures how near that class is to being chosen.
-        clip: range of the result.
-        generator: source of the random starts, on the CPU; default: one with seed 0.
-
-    Raises:
-        ValueError: for an argument out of its range.
+    The first start is the image itself, further ones are random in the ball. Once an image is
+    misclassified it is left alone, and that point is returned. For the other images the point of
+    highest margin is returned. Arguments and errors as for `pgd_attack`; `options`: see `Plan`.
     """
-    images = checked(images, labels, epsilon, norm, clip)
-    check_search(steps, restarts, loss, targets)
+    plan = Plan(**options)
+    images = checked(images, labels, epsilon, norm, plan.clip)
     if epsilon == 0 or not len(images):
         return images.clone()
-    project = projection(images, epsilon, norm, clip)
+    space = Ball(images, epsilon, norm, plan.clip)
     with evaluation_form(model) as network:
-        space = Space(
-            network,
-            images,
-            project,
-            lambda gradient, chosen: epsilon * direction(gradient, norm),
-            lambda source: project(images + random_in_ball(images, epsilon, norm, source)),
-        )
-        return search(space, labels, steps, restarts, loss, targets, generator).points
+        return search(network, space, labels, plan).points
 
 
-@dataclass(frozen=True)
-class Space:
-    """Where a search takes place: the ball itself, or its image under a first layer.
+class Ball:
+    """The space in which a search takes place. Other spaces have the same attribute and methods.
 
-    network: points (B, 1, 28, 28) -> logits (B, classes).
-    origin: (B, 1, 28, 28), the points from which the search sets out.
-    project: points, chosen -> the nearest admissible points of the chosen images.
-    ascent: gradient, chosen -> the steepest ascent, as long as the admissible set is wide.
-    random: generator -> a random admissible point for every image.
+    origin: (B, C, H, W), the points from which the search sets out.
     """
 
-    network: Callable[[Tensor], Tensor]
-    origin: Tensor
-    project: Callable[..., Tensor]
-    ascent: Callable[[Tensor, Tensor], Tensor]
-    random: Callable[[torch.Generator], Tensor]
+    def __init__(self, images: Tensor, epsilon: float, norm: str, clip):
+        self.origin, self.epsilon, self.norm = images, epsilon, norm
+        # (points, chosen) -> the nearest points of the space, for the images at these positions.
+        self.project = projection(images, epsilon, norm, clip)
+
+    def ascent(self, gradient: Tensor, chosen: Tensor) -> Tensor:
+        """The change of steepest ascent; its length is the radius of the space."""
+        return self.epsilon * direction(gradient, self.norm)
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A random point of the space per image."""
+        change = random_in_ball(self.origin, self.epsilon, self.norm, generator)
+        return self.project(self.origin + change)
 
 
-def check_search(steps: int, restarts: int, loss: str, targets: int) -> None:
-    """Raise ValueError for an argument of `search` out of its range."""
-    check_count("steps", steps)
-    check_count("restarts", restarts)
-    check_count("targets", targets, 0)
-    if loss not in LOSSES:
-        raise ValueError(f"'loss' is {loss!r}; use one of {', '.join(map(repr, LOSSES))}.")
+def search(network, space, labels: Tensor, plan: Plan) -> Worst:
+    """Auto-PGD from every start and to every target, on the images that still stand.
 
-
-def search(space, labels, steps, restarts, loss, targets, generator) -> Worst:
-    """Auto-PGD from every start and to every target, as far as images are still standing."""
-    generator = generator or torch.Generator().manual_seed(0)
-    worst = Worst(space.network, space.origin, labels, "margin", False)
-    with torch.no_grad():
-        logits = logits_of(space.network, space.origin, labels)
-    if loss == "dlr" and logits.shape[1] < (4 if targets else 3):
+    `network` gives logits (B, classes) for the points of `space`, a `Ball` or the like.
+    """
+    generator = plan.generator or torch.Generator().manual_seed(0)
+    worst = Worst(network, space.origin, labels, "margin", False)
+    logits = worst.visit(space.origin, want_gradient=False).logits
+    if plan.loss == "dlr" and logits.shape[1] < (4 if plan.targets else 3):
         raise ValueError("'loss' = 'dlr' needs a third class, and a fourth for 'targets'.")
-    worst.keep(space.origin, slice(None), margin(logits, labels), predicted(logits) != labels)
     others = logits.scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
-    targets = min(targets, logits.shape[1] - 1)
-    for restart in range(restarts):
+    targets = min(plan.targets, logits.shape[1] - 1)
+    for restart in range(plan.restarts):
         for target in others[:, :targets].T if targets else (None,):
             # Drawn for all images, so that no image's start depends on which others stand.
-            starts = space.random(generator) if restart else space.origin
-            chosen = worst.standing()
-            look = partial(_look, space.network, worst, labels, loss, target)
-            _ascend(space, look, starts[chosen], chosen, steps)
+            start = space.random(generator) if restart else space.origin
+            _ascend(space, _visitor(worst, plan.loss, target), start, worst.standing, plan.steps)
     return worst
 
 
-def _ascend(space: Space, look: Callable, points: Tensor, chosen: Tensor, steps: int) -> None:
-    """One run of Auto-PGD from `points`, of the images with the numbers `chosen`."""
+def _visitor(worst: Worst, loss: str, target: Tensor | None) -> Callable[..., Verdict]:
+    """A function that judges points by `loss`, while `worst` keeps those of highest margin."""
+
+    def visit(points: Tensor, chosen: Tensor) -> Verdict:
+        labels, aims = worst.labels[chosen], None if target is None else target[chosen]
+        verdict = judge(
+            worst.network, points, labels, lambda logits, own: LOSSES[loss](logits, own, aims)
+        )
+        worst.keep(points, chosen, margin(verdict.logits, labels), verdict.broken)
+        return verdict._replace(loss=known(verdict.loss))
+
+    return visit
+
+
+@dataclass
+class _Run:
+    """The state of one run of Auto-PGD. Every entry has one row per image that still stands."""
+
+    chosen: Tensor  # positions of these images in the batch
+    points: Tensor  # where they are
+    previous: Tensor  # where they were one step before
+    loss: Tensor  # at `points`
+    gradient: Tensor  # of the loss at `points`
+    best_points: Tensor  # where the loss was highest
+    best_loss: Tensor
+    best_gradient: Tensor
+    checkpoint_loss: Tensor  # `best_loss` at the last checkpoint
+    size: Tensor  # length of the steps, as a multiple of the radius
+    rises: Tensor  # how many steps since the last checkpoint raised the loss
+    halved: Tensor  # whether the last checkpoint halved the steps
+
+    def select(self, rows: Tensor) -> "_Run":
+        """The state of some of the images."""
+        return _Run(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def ahead(self, space, momentum: float) -> Tensor:
+        """The points after the next step; `momentum` is the share that the gradient decides."""
+        change = per_image(self.size) * space.ascent(self.gradient, self.chosen)
+        ahead = space.project(self.points + change, self.chosen)
+        if momentum == 1:
+            return ahead
+        ahead = self.points + momentum * (ahead - self.points)
+        return space.project(ahead + (1 - momentum) * (self.points - self.previous), self.chosen)
+
+    def move(self, points: Tensor, loss: Tensor, gradient: Tensor) -> None:
+        """Take note of a step to `points`."""
+        self.rises += loss > self.loss
+        self.previous, self.points, self.loss, self.gradient = self.points, points, loss, gradient
+        better = loss > self.best_loss
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_points = torch.where(per_image(better), points, self.best_points)
+        self.best_gradient = torch.where(per_image(better), gradient, self.best_gradient)
+
+    def halve(self, steps: int) -> None:
+        """At a checkpoint: halve the steps that are too long, and return to the best point.
+
+        A step is too long if too few of the last `steps` steps went up, or if neither it nor the
+        best loss has changed since the last checkpoint (conditions 1 and 2 of the paper).
+        """
+        stuck = ~self.halved & (self.best_loss <= self.checkpoint_loss)
+        halve = (self.rises < RISING * steps) | stuck
+        self.size = torch.where(halve, self.size / 2, self.size)
+        self.loss = torch.where(halve, self.best_loss, self.loss)
+        # The previous point as well: a momentum that led away must not be taken along.
+        self.previous = torch.where(per_image(halve), self.best_points, self.previous)
+        self.points = torch.where(per_image(halve), self.best_points, self.points)
+        self.gradient = torch.where(per_image(halve), self.best_gradient, self.gradient)
+        self.checkpoint_loss, self.halved = self.best_loss, halve
+        self.rises = torch.zeros_like(self.rises)
+
+
+def _ascend(space, visit: Callable, start: Tensor, standing: Tensor, steps: int) -> None:
+    """One run of Auto-PGD from `start`, for the images that are `standing`."""
+    chosen = standing.nonzero()[:, 0]
     if not len(chosen):
         return
-    value, gradient, _ = look(points, chosen)
-    run = {"chosen": chosen, "points": points, "before": points, "gradient": gradient}
-    run |= {"value": value, "best": value, "best_points": points, "best_gradient": gradient}
-    run |= {"size": torch.full_like(value, 2.0, dtype=points.dtype), "best_then": value}
-    run |= {"rises": torch.zeros_like(value), "halved": torch.zeros_like(value, dtype=torch.bool)}
-    ends, begin = _checkpoints(steps), 0
+    points = start[chosen]
+    _, loss, _, gradient = visit(points, chosen)
+    size, zeros = torch.full_like(loss, 2.0, dtype=points.dtype), torch.zeros_like(loss)
+    now = (points, loss, gradient)
+    run = _Run(chosen, points, *now, *now, loss, size, zeros, zeros.bool())
+    checkpoints, last = _checkpoints(steps), 0
     for step in range(1, steps + 1):
-        points, chosen = run["points"], run["chosen"]
-        move = run["size"][:, None, None, None] * space.ascent(run["gradient"], chosen)
-        ahead = space.project(points + move, chosen)
-        if step > 1:
-            ahead = points + MOMENTUM * (ahead - points)
-            ahead = space.project(ahead + (1 - MOMENTUM) * (points - run["before"]), chosen)
-        value, gradient, fallen = look(ahead, chosen)
-        run["rises"] += value > run["value"]
-        run |= {"points": ahead, "before": points, "value": value, "gradient": gradient}
-        _keep_best(run)
-        if fallen.any():
-            run = {name: entry[~fallen] for name, entry in run.items()}
-            if fallen.all():
-                return
-        if step in ends:
-            _halve(run, step - begin)
-            begin = step
-
-
-def _keep_best(run: dict) -> None:
-    better = run["value"] > run["best"]
-    wide = better[:, None, None, None]
-    run["best"] = torch.where(better, run["value"], run["best"])
-    for name in ("points", "gradient"):
-        run[f"best_{name}"] = torch.where(wide, run[name], run[f"best_{name}"])
-
-
-def _halve(run: dict, span: int) -> None:
-    """At a checkpoint: halve the steps that are too long, and return to the best point.
-
-    Too long if too few of the last `span` steps went up, or if neither the step nor the best
-    value has changed since the last checkpoint (conditions 1 and 2 of the paper).
-    """
-    stuck = ~run["halved"] & (run["best"] <= run["best_then"])
-    halve = (run["rises"] < RISING * span) | stuck
-    wide = halve[:, None, None, None]
-    run["size"] = torch.where(halve, run["size"] / 2, run["size"])
-    run["value"] = torch.where(halve, run["best"], run["value"])
-    # The point before as well: a momentum that led away must not be taken along.
-    run["before"] = torch.where(wide, run["best_points"], run["before"])
-    run["points"] = torch.where(wide, run["best_points"], run["points"])
-    run["gradient"] = torch.where(wide, run["best_gradient"], run["gradient"])
-    run |= {"best_then": run["best"], "halved": halve, "rises": torch.zeros_like(run["rises"])}
+        points = run.ahead(space, 1 if step == 1 else MOMENTUM)
+        _, loss, broken, gradient = visit(points, run.chosen)
+        run.move(points, loss, gradient)
+        if broken.all():
+            return
+        if broken.any():
+            run = run.select(~broken)
+        if step in checkpoints:
+            run.halve(step - last)
+            last = step
 
 
 def _checkpoints(steps: int) -> set[int]:
@@ -188,25 +211,8 @@ def _checkpoints(steps: int) -> set[int]:
     return {math.ceil(share * steps) for share in shares[1:]}
 
 
-def _look(network, worst: Worst, labels, loss, target, points, chosen):
-    """Loss (B,), its gradient, and which images have fallen; `worst` takes note of the points."""
-    points = points.detach().clone().requires_grad_()
-    # Autograd keeps the labels, and refuses those that were made in inference mode.
-    labels = labels[chosen].clone()
-    with torch.enable_grad():
-        logits = logits_of(network, points, labels)
-        value = LOSSES[loss](logits, labels, None if target is None else target[chosen].clone())
-    gradient = gradient_of(value, points)
-    points, logits = points.detach(), logits.detach()
-    fallen = predicted(logits) != labels
-    worst.keep(points, chosen, margin(logits, labels), fallen)
-    return known(value.detach()), gradient, fallen
-
-
 def _cross_entropy(logits, labels, target):
-    if target is None:
-        return F.cross_entropy(logits, labels, reduction="none")
-    return -F.cross_entropy(logits, target, reduction="none")
+    return cross_entropy(logits, labels) if target is None else -cross_entropy(logits, target)
 
 
 def _margin(logits, labels, target):
@@ -222,4 +228,5 @@ def _dlr(logits, labels, target):
     return _margin(logits, labels, target) / (ordered[:, 0] - third).clamp(min=1e-12)
 
 
+# (logits, labels, target) -> (B,); the target is int64 (B,), or None.
 LOSSES = {"cross_entropy": _cross_entropy, "margin": _margin, "dlr": _dlr}

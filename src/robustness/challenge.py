@@ -1,4 +1,4 @@
-"""Falsification: attacks on the smoothed classifier inside the balls that were certified."""
+"""Attacks on a smoothed classifier inside the balls that were certified: do they hold?"""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from src.balls import direction
+from src.balls import direction, l2_length, per_image
 from src.checks import (
     check_classes,
     check_count,
@@ -22,6 +22,9 @@ from src.models import ABSTAIN, SmoothClassifier
 from src.utils import progress_bar, spread_indices, subset
 from src.verdicts import gradient_of, with_gradients
 
+# Noisy copies per image that stand in for the expectation.
+DRAWS = 16
+
 
 @with_gradients()
 def smoothed_attack(
@@ -31,7 +34,6 @@ def smoothed_attack(
     radii: Tensor,
     *,
     steps: int = 20,
-    draws: int = 16,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Push each image away from its class of the smoothed classifier, within its own l2 ball.
@@ -41,15 +43,14 @@ def smoothed_attack(
 
     Args:
         smooth: the classifier.
-        images: (B, 1, 28, 28), pixels in [0, 1].
-        classes: int64 (B,), what the smoothed classifier says of them.
+        images: (B, C, H, W), pixels in [0, 1].
+        classes: int64 (B,), the classes that the smoothed classifier predicts.
         radii: (B,), l2 in pixel units, at least 0.
         steps: gradient steps.
-        draws: noisy copies of each image that stand in for the expectation.
-        generator: of start and noise, on the CPU; default: one with seed 0.
+        generator: source of start and noise, on the CPU; default: one with seed 0.
 
     Returns:
-        (B, 1, 28, 28), in the balls and in [0, 1] up to rounding.
+        (B, C, H, W), in the balls and in [0, 1] up to rounding.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -61,11 +62,10 @@ def smoothed_attack(
     if not (numbers and bool(((radii >= 0) & radii.isfinite()).all())):
         raise ValueError("'radii' must hold one finite number of at least 0 for each image.")
     check_count("steps", steps)
-    check_count("draws", draws)
     generator = generator or torch.Generator().manual_seed(0)
-    radii = radii.to(images)[:, None, None, None]
+    radii = per_image(radii.to(images))
     start = torch.randn(images.shape, generator=generator).to(images)
-    noise = torch.randn((draws, *images.shape), generator=generator).to(images) * smooth.sigma
+    noise = torch.randn((DRAWS, *images.shape), generator=generator).to(images) * smooth.sigma
     points = _within(images, images + radii * start, radii)
     with evaluation_form(smooth.base_classifier, probe=True) as base:
         for _ in range(steps):
@@ -80,8 +80,8 @@ def smoothed_attack(
 def _within(images: Tensor, points: Tensor, radii: Tensor) -> Tensor:
     """Points moved back into the l2 balls of `radii` around the images, and into [0, 1]."""
     change = points - images
-    length = change.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
-    return (images + change * (radii / length).clamp(max=1)).clamp(0, 1)
+    shrink = (radii / l2_length(change).clamp(min=1e-30)).clamp(max=1)
+    return (images + change * shrink).clamp(0, 1)
 
 
 @with_gradients()
@@ -105,11 +105,11 @@ def challenge_certificates(
     Args:
         smooth: the classifier that was certified.
         dataset: the data set that the rows number.
-        rows: result rows; those that abstained are passed over.
-        images: how many of the rest to try, spread over the radii from the largest on.
-        restarts: attacks on each.
+        rows: result rows; those that abstained are left out.
+        images: how many of the rest to try, at most; their radii are spread, the largest included.
+        restarts: attacks per image.
         n: noisy copies that decide the class at the point found.
-        stretch: factor on the radius; above 1 it plants an error that should be found.
+        stretch: factor on the radius; above 1, the certificates are wrong and should break.
         seed: of attacks and votes.
         progress: show a progress bar.
 
@@ -120,8 +120,8 @@ def challenge_certificates(
     check_count("restarts", restarts)
     check_number("stretch", stretch, positive=True)
     certified = [row for row in rows if int(row["prediction"]) != ABSTAIN]
-    # The largest first: it is among them, however few they are.
-    certified.sort(key=_radius, reverse=True)
+    # The largest first, so that it is always among those chosen.
+    certified.sort(key=lambda row: float(row["radius"]), reverse=True)
     certified = [certified[number] for number in spread_indices(len(certified), images)]
     chosen = subset(dataset, [int(row["index"]) for row in certified])
     check_dataset(chosen)
@@ -129,29 +129,22 @@ def challenge_certificates(
     generator = torch.Generator().manual_seed(seed)
     level = 1e-4 / max(len(certified) * restarts, 1)
     broken = 0
+    device = next(smooth.parameters(), dataset.tensors[0]).device
     for row in progress_bar(progress, certified, desc="challenging", unit="image"):
-        device = next(smooth.parameters(), dataset.tensors[0]).device
-        image = dataset.tensors[0][int(row["index"])].to(device)
-        label = torch.tensor([int(row["prediction"])], device=device)
-        radius = torch.tensor([_radius(row) * stretch], device=device)
-        # Restarts as a batch: the same image, another start and another noise each.
-        found = smoothed_attack(
-            smooth,
-            image.expand(restarts, -1, -1, -1),
-            label.expand(restarts),
-            radius.expand(restarts),
-            generator=generator,
-        )
+        # Restarts as a batch: the same image, with a start and noise of its own each time.
+        image = dataset.tensors[0][int(row["index"])].to(device).expand(restarts, -1, -1, -1)
+        label = torch.full((restarts,), int(row["prediction"]), device=device)
+        radius = torch.full((restarts,), float(row["radius"]) * stretch, device=device)
+        found = smoothed_attack(smooth, image, label, radius, generator=generator)
         # A seed of its own: votes with the noise of the certificate would repeat its luck.
         classes = smooth.predict(found, n, level, seed=seed + 1)
         broken += bool(((classes != ABSTAIN) & (classes != int(row["prediction"]))).any())
     return broken, len(certified)
 
 
-def _radius(row: Mapping) -> float:
-    return float(row["radius"])
-
-
 def broken_allowed(tried: int, alpha: float) -> int:
-    """Most broken certificates that failure odds of `alpha` each explain, at 1 in 1,000."""
+    """How many of `tried` sound certificates may break, if each fails with probability `alpha`.
+
+    More would break with a probability of at most 1 in 1,000.
+    """
     return int(stats.binom.ppf(0.999, tried, alpha))

@@ -18,10 +18,10 @@ from src.training_and_evaluation import correct
 from src.utils import subset
 from src.verdicts import with_gradients
 
-# The attack behind a ramp in each norm, by strength for the time. Of 500 images, network
-# adversarial_single_step.pt, at l2 2: PGD left 448 standing, a few pixels 164, then this one 48,
-# with 20 steps 90 in half the time, on the margin 57. At linf 0.3: PGD 471, this 469, 40 steps 468.
-RAMP = {"linf": {"steps": 20}, "l2": {"steps": 40, "loss": "cross_entropy"}}
+# Options of `thresholds_attack` per norm. Of 500 images, network adversarial_single_step.pt, at l2
+# 2: PGD left 448 standing, a few pixels 164, then this attack 48 (with 20 steps 90 in half the
+# time, on the margin 57). At linf 0.3: PGD 471, this attack 469, with 40 steps 468.
+THRESHOLDS_OPTIONS = {"linf": {"steps": 20}, "l2": {"steps": 40, "loss": "cross_entropy"}}
 
 
 @with_gradients()
@@ -36,61 +36,59 @@ def attack_evaluation(
 ) -> dict[str, list[dict]]:
     """Attack a model at fixed radii, look for the smallest radii, go through the checklist.
 
-    What any of these attacks found is counted wherever it holds: as WORST_KNOWN, beside PGD alone.
+    Beside the results of PGD alone stand those of all attacks together, called WORST_KNOWN: an
+    image that any attack broke counts as broken at that radius and at all larger ones.
 
     Args:
         model: images -> logits (B, classes).
-        test: the test set.
-        indices: the images in it that are attacked at fixed radii.
-        curve_indices: those whose smallest epsilon is looked for.
-        steps: of PGD at fixed radii; the search takes half as many.
+        test: images (N, C, H, W) in [0, 1] and int64 labels (N,).
+        indices: numbers of the images that are attacked at fixed radii.
+        curve_indices: numbers of those whose smallest epsilon is looked for.
+        steps: of PGD at fixed radii; the search for the smallest epsilon takes half as many.
         radii: pairs of norm and epsilon.
 
     Returns:
         Lists of rows by name: `table` as of `table_rows`, `smallest_epsilons` as of
         `epsilon_rows`, `curve` as of `epsilon_curves`, `warnings` as of `evaluation_warnings`.
     """
-    dataset = subset(test, indices)
-    hits = attack_hits(model, dataset, steps=steps, radii=radii)
+    dataset, indices = subset(test, indices), np.asarray(indices)
+    standing = attack_hits(model, dataset, steps=steps, radii=radii)
     alone = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1))
-    others = other_attacks(model, dataset, hits)
-    known = _smallest_known(model, test, indices, hits, others, alone, radii)
+    others = other_attacks(model, dataset, standing)
+    broken = {key: ~still for key, still in standing.items()}
+    broken |= {key: tried.broken for key, tried in others.items()}
+    known = _smallest_known(model, test, indices, broken, alone, radii)
     table = {}
-    for (attack, norm, epsilon), right in hits.items():
-        table[attack, norm, epsilon] = right
+    for (attack, norm, epsilon), still in standing.items():
+        table[attack, norm, epsilon] = still
         if attack == multi_step_name(steps):
-            standing = [known[norm][index] > epsilon for index in indices]
-            table[WORST_KNOWN, norm, epsilon] = torch.tensor(standing)
+            table[WORST_KNOWN, norm, epsilon] = torch.tensor(known[norm][indices] > epsilon)
     worst = [
         row | {"attack": WORST_KNOWN, "smallest_epsilon": float(known[row["norm"]][row["index"]])}
         for row in alone
     ]
+    warnings = evaluation_warnings(model, dataset, standing, epsilon_curves(alone), others=others)
     return {
         "table": table_rows(table),
         "smallest_epsilons": alone + worst,
         "curve": epsilon_curves(alone + worst),
-        "warnings": evaluation_warnings(model, dataset, hits, epsilon_curves(alone), others=others),
+        "warnings": warnings,
     }
 
 
-def _smallest_known(
-    model, test: TensorDataset, indices, hits, others, rows: Sequence[Mapping], radii
-) -> dict[str, np.ndarray]:
-    """Per norm and number of a test image, the smallest radius at which any attack broke it.
+def _smallest_known(model, test, indices, broken, rows, radii) -> dict[str, np.ndarray]:
+    """Norm -> per image of `test`, the smallest radius at which any attack broke it, or inf.
 
-    Args:
-        model, test, indices, radii: as for `attack_evaluation`.
-        hits, others: what attacks at fixed radii left and broke of the images of `indices`.
-        rows: those of `epsilon_rows`.
+    `broken` says which of the images `indices` fell: (name, norm, epsilon) -> bool, as many as
+    `indices`. `rows` are those of `epsilon_rows`.
     """
     known = {norm: np.full(len(test), np.inf) for norm in LARGEST}
     for row in rows:
         known[row["norm"]][row["index"]] = row["smallest_epsilon"]
-    broken = {key: ~right for key, right in hits.items()}
-    broken |= {key: fallen for key, (_, fallen) in others.items()}
     for (_, norm, epsilon), fallen in broken.items():
+        chosen = indices[fallen.numpy()]
+        # What the model gets wrong without an attack is broken in both norms.
         for values in [known[norm]] if norm else known.values():
-            chosen = np.asarray(indices)[fallen.numpy()]
             values[chosen] = np.minimum(values[chosen], epsilon)
     images = np.unique([*indices, *(row["index"] for row in rows)])
     attacked = {norm: values[images] for norm, values in known.items()}
@@ -101,28 +99,29 @@ def _smallest_known(
 
 
 def _search_further(model, dataset: TensorDataset, known: dict[str, np.ndarray], radii) -> None:
-    """Lower `known` by attacks that PGD is no match for, and by what each norm says of both."""
+    """Lower `known` by attacks that are stronger than PGD on some models."""
     images, labels = dataset.tensors
     _share(known, images[0].numel())
     limits = torch.from_numpy(known["l2"]).clamp(max=LARGEST["l2"])
     lengths = few_pixels_lengths(model, images, labels, limits).numpy()
     np.minimum(known["l2"], lengths, out=known["l2"])
-    balls = {*radii, *((norm, at) for norm, some in CURVE_EPSILONS.items() for at in some[1:])}
-    # Upwards: an image that broke is not attacked again.
-    cuts = getattr(unwrapped(model), "thresholds", None) is not None
-    for norm, epsilon in sorted(balls) if cuts else ():
-        standing = np.flatnonzero(known[norm] > epsilon)
-        attack = partial(thresholds_attack, epsilon=epsilon, norm=norm, **RAMP[norm])
-        if len(standing):
-            right = correct(model, subset(dataset, standing), attack=attack).numpy()
-            known[norm][standing[~right]] = epsilon
+    balls = {*radii, *((norm, e) for norm, some in CURVE_EPSILONS.items() for e in some[1:])}
+    has_thresholds = getattr(unwrapped(model), "thresholds", None) is not None
+    # From small radii to large ones: an image that broke is not attacked again.
+    for norm, epsilon in sorted(balls) if has_thresholds else ():
+        chosen = np.flatnonzero(known[norm] > epsilon)
+        options = {"epsilon": epsilon, "norm": norm, **THRESHOLDS_OPTIONS[norm]}
+        attack = partial(thresholds_attack, **options)
+        if len(chosen):
+            standing = correct(model, subset(dataset, chosen), attack=attack).numpy()
+            known[norm][chosen[~standing]] = epsilon
     _share(known, images[0].numel())
 
 
 def _share(known: dict[str, np.ndarray], pixels: int) -> None:
-    """An l2 ball lies in the linf ball of its radius, and that in an l2 ball sqrt(pixels) as wide.
+    """Let what broke an image in one norm count in the other.
 
-    So what broke an image in one norm broke it in the other.
+    An l2 ball lies in the linf ball of its radius, and that in an l2 ball sqrt(pixels) as wide.
     """
     np.minimum(known["linf"], known["l2"], out=known["linf"])
     np.minimum(known["l2"], known["linf"] * pixels**0.5, out=known["l2"])

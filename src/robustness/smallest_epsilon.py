@@ -1,10 +1,11 @@
-"""The smallest epsilon that breaks each image: accuracy at every radius out of one search."""
+"""The smallest epsilon that breaks each image: one search gives the accuracy at every radius."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from src.checks import check_ball, check_dataset, check_function
@@ -12,7 +13,7 @@ from src.engine.untouched import evaluation_form
 from src.robustness.fixed_radii import accuracy_row, attacks, multi_step_name
 from src.training_and_evaluation import correct
 from src.utils import progress_bar, subset
-from src.verdicts import right, with_gradients
+from src.verdicts import batches, stands, with_gradients
 
 # The radii of the curves: far enough that a working attack brings every model down to chance.
 CURVE_EPSILONS = {
@@ -20,7 +21,7 @@ CURVE_EPSILONS = {
     "l2": (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
 }
 LARGEST = {norm: epsilons[-1] for norm, epsilons in CURVE_EPSILONS.items()}
-# Radii tried are whole multiples of 1 / GRID; a grid lets images share calls of the attack.
+# The search tries whole multiples of 1 / GRID, so that images can share calls of the attack.
 GRID = {"linf": 200, "l2": 20}
 
 
@@ -36,16 +37,16 @@ def smallest_epsilons(
 ) -> np.ndarray:
     """The norm of the smallest perturbation found that breaks each image.
 
-    Bisects the radius of PGD image by image, to 0.005 in linf and 0.05 in l2. What is returned
-    is the norm of a perturbation that was seen to work, so it bounds the image's true
-    robustness from above, whatever the attack may have missed.
+    Bisects the radius of PGD per image, to 0.005 in linf and 0.05 in l2. The result is the norm
+    of a perturbation that was seen to work. So it is an upper bound on the true robustness of the
+    image, whatever the attack may have missed.
 
     Args:
         model: images -> logits (B, classes).
-        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        dataset: images (N, C, H, W) in [0, 1] and int64 labels (N,).
         norm: "linf" or "l2".
         steps: of PGD, from two starts.
-        batch_size: images a call.
+        batch_size: images per call.
         progress: show a progress bar.
 
     Returns:
@@ -59,50 +60,44 @@ def smallest_epsilons(
     smallest = np.where(correct(model, dataset, batch_size=batch_size).numpy(), np.inf, 0.0)
     # In multiples of 1 / GRID: the attack failed at `low` and succeeded within `high`.
     low, high = np.zeros(len(smallest), dtype=int), np.zeros(len(smallest), dtype=int)
-    largest = round(LARGEST[norm] * GRID[norm])
+    attack = attacks(steps)[multi_step_name(steps)]
     bar = progress_bar(progress, total=len(smallest), desc=f"smallest epsilons, {norm}")
     with bar, evaluation_form(model, probe=True) as network:
 
-        def attack(chosen: np.ndarray, multiple: int) -> None:
-            epsilon = multiple / GRID[norm]
+        def narrow(chosen: np.ndarray, multiple: int) -> None:
+            """Attack the chosen images at one radius, and write down what it shows."""
+            ball = partial(attack, epsilon=multiple / GRID[norm], norm=norm)
             for part in np.split(chosen, range(batch_size, len(chosen), batch_size)):
-                found = _broken_at(network, subset(dataset, part), epsilon, norm, steps)
+                found = _broken_lengths(network, subset(dataset, part), ball, norm)
                 broken = np.isfinite(found)
                 smallest[part] = np.minimum(smallest[part], found)
                 reached = np.ceil(found[broken] * GRID[norm]).astype(int)
                 high[part[broken]] = np.minimum(reached, multiple)
                 low[part[~broken]] = multiple
 
+        largest = round(LARGEST[norm] * GRID[norm])
         # What fails in the largest ball may work in a smaller one: long steps leap over errors.
         for multiple in (largest, largest // 2, largest // 4):
-            attack(np.flatnonzero(np.isinf(smallest)), multiple)
+            narrow(np.flatnonzero(np.isinf(smallest)), multiple)
         low[:] = 0
         while len(wide := np.flatnonzero(high - low > 1)):
             bar.update(len(smallest) - len(wide) - bar.n)
             middle = (low + high)[wide] // 2
             for multiple in np.unique(middle):
-                attack(wide[middle == multiple], int(multiple))
+                narrow(wide[middle == multiple], int(multiple))
         bar.update(len(smallest) - bar.n)
     return smallest
 
 
-def _broken_at(
-    network: nn.Module, dataset: TensorDataset, epsilon: float, norm: str, steps: int
-) -> np.ndarray:
-    """Norms of the perturbations that break images within `epsilon`, inf where none was found."""
-    device = next(network.parameters(), dataset.tensors[0]).device
-    images, labels = (tensor.to(device) for tensor in dataset.tensors)
-    if not len(images):
+def _broken_lengths(network, dataset: TensorDataset, attack: Callable, norm: str) -> np.ndarray:
+    """Norm of the perturbation that breaks each image, inf where `attack` found none."""
+    if not len(dataset):
         return np.zeros(0)
-    attacked = attacks(steps)[multi_step_name(steps)](network, images, labels, epsilon, norm)
-    broken = ~right(network, attacked, labels).cpu()
-    return torch.where(broken, lengths(attacked, images, norm), torch.inf).numpy()
-
-
-def lengths(attacked: Tensor, images: Tensor, norm: str) -> Tensor:
-    """Norm of each image's perturbation, float64 (B,) on the CPU."""
-    change = attacked.cpu().double() - images.cpu().double()
-    return torch.linalg.vector_norm(change.flatten(1), torch.inf if norm == "linf" else 2, dim=1)
+    ((images, labels),) = batches(network, *dataset.tensors, batch_size=len(dataset))
+    attacked = attack(network, images, labels)
+    change = (attacked.cpu().double() - images.cpu().double()).flatten(1)
+    lengths = torch.linalg.vector_norm(change, torch.inf if norm == "linf" else 2, dim=1)
+    return lengths.masked_fill(stands(network, attacked, labels).cpu(), torch.inf).numpy()
 
 
 def epsilon_rows(
@@ -113,7 +108,7 @@ def epsilon_rows(
     steps: int = 20,
     progress: bool = True,
 ) -> list[dict]:
-    """One row an image and norm: `index`, `label`, `attack`, `norm`, `smallest_epsilon`.
+    """One row per image and norm: `index`, `label`, `attack`, `norm`, `smallest_epsilon`.
 
     Args:
         model: images -> logits (B, classes).
@@ -123,19 +118,13 @@ def epsilon_rows(
         progress: show a progress bar.
     """
     dataset, rows = subset(test, indices), []
+    labels = dataset.tensors[1].tolist()
     for norm in LARGEST:
         values = smallest_epsilons(model, dataset, norm, steps=steps, progress=progress)
+        attack = {"attack": multi_step_name(steps), "norm": norm}
         rows += [
-            {
-                "index": int(index),
-                "label": label,
-                "attack": multi_step_name(steps),
-                "norm": norm,
-                "smallest_epsilon": float(value),
-            }
-            for index, label, value in zip(
-                indices, dataset.tensors[1].tolist(), values, strict=True
-            )
+            {"index": int(index), "label": label, **attack, "smallest_epsilon": float(value)}
+            for index, label, value in zip(indices, labels, values, strict=True)
         ]
     return rows
 
@@ -143,11 +132,11 @@ def epsilon_rows(
 def epsilon_curves(rows: Sequence[Mapping]) -> list[dict]:
     """Accuracy against the radius: how many images have no smaller epsilon.
 
-    The radii are among those that the bisection tries, so no point of the curve suffers from
-    its precision. The curve never rises, because each ball contains the smaller ones.
+    The bisection tries these very radii, so its precision shows in no point of the curve. The
+    curve never rises, because each ball contains the smaller ones.
 
     Args:
-        rows: those of `epsilon_rows` for one model, read from a file or not.
+        rows: those of `epsilon_rows` for one model, fresh or read from a file.
 
     Returns:
         Rows as of `accuracy_row` for each attack, for both norms at CURVE_EPSILONS.

@@ -1,17 +1,18 @@
 """The Square Attack: random search without gradients (Andriushchenko et al., ECCV 2020)."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from src.attacks import checked
-from src.balls import linf_box, projection
-from src.checks import check_count, check_number, predicted
+from src.balls import l2_length, linf_box, per_image, projection
+from src.checks import check_count
 from src.engine.untouched import evaluation_form
-from src.verdicts import Worst, logits_of, margin
+from src.verdicts import Worst
 
+# Area of the first squares, as a share of the image.
+SHARE = 0.8
 # After how many of 10,000 queries the area of the squares is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -24,69 +25,50 @@ def square_attack(
     norm: str = "linf",
     *,
     queries: int = 5000,
-    share: float = 0.8,
     clip: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Change a random square at a time, and keep the change if the margin rises.
 
     In linf all pixels of a square go to one end of the ball, starting from vertical stripes. In
-    l2 a square takes over the length that another had. The model is only asked for its logits,
-    so that masked gradients are of no use to it. A misclassified image is left alone.
+    l2 a square takes over the length that another had. The model is only asked for its logits, so
+    hidden gradients do not stop this attack. A misclassified image is left alone.
 
-    Args:
-        model: images -> logits (B, classes).
-        images: (B, channels, height, width), pixels in [0, 1].
-        labels: int64 (B,), the true classes.
-        epsilon: radius of the ball, in pixel units.
-        norm: "linf" or "l2".
-        queries: calls of the model for an image.
-        share: area of the first squares, as a share of the image, at most 1.
-        clip: range of the result.
-        generator: source of the squares, on the CPU; default: one with seed 0.
-
-    Raises:
-        ValueError: for an argument out of its range.
+    Arguments and errors as for `pgd_attack`; `queries`: calls of the model per image, at most.
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_count("queries", queries)
-    check_number("share", share, positive=True)
-    if share > 1:
-        raise ValueError(f"'share' = {share:g} must be at most 1.")
     if epsilon == 0 or not len(images):
         return images.clone()
     generator = generator or torch.Generator().manual_seed(0)
+    moves = _linf_moves if norm == "linf" else _l2_moves
     with torch.inference_mode(False), torch.no_grad(), evaluation_form(model) as network:
         worst = Worst(network, images, labels, "margin", False)
         worst.visit(images, want_gradient=False)
-        chosen = worst.standing()
-        if norm == "linf":
-            start, change = _linf_moves(images, epsilon, clip, generator)
-        else:
-            start, change = _l2_moves(images, epsilon, clip, generator)
+        chosen = worst.standing.nonzero()[:, 0]
+        start, change = moves(images, epsilon, clip, generator)
         points = start[chosen]
         value = torch.full_like(worst.value[chosen], -torch.inf)
-        for query, side in enumerate(_sides(images, queries, share)):
+        for query, side in enumerate(_sides(images, queries)):
             if not len(chosen):
                 break
             tried = change(points, chosen, side) if query else points
-            logits = logits_of(network, tried, labels[chosen])
-            reached, fallen = margin(logits, labels[chosen]), predicted(logits) != labels[chosen]
-            worst.keep(tried, chosen, reached, fallen)
-            better = reached > value
-            points = torch.where(better[:, None, None, None], tried, points)
-            value = torch.where(better, reached, value)
-            if fallen.any():
-                chosen, points, value = (entry[~fallen] for entry in (chosen, points, value))
+            verdict = worst.visit(tried, chosen, want_gradient=False)
+            better = verdict.loss > value
+            points = torch.where(per_image(better), tried, points)
+            value = torch.where(better, verdict.loss, value)
+            if verdict.broken.any():
+                standing = ~verdict.broken
+                chosen, points, value = chosen[standing], points[standing], value[standing]
     return worst.points
 
 
-def _sides(images: Tensor, queries: int, share: float) -> Iterator[int]:
+def _sides(images: Tensor, queries: int) -> Iterator[int]:
     """The side of the square of each query, in pixels: large at first, then ever smaller."""
     area = images.shape[2] * images.shape[3]
     for query in range(queries):
         halvings = sum(query * 10_000 / queries > after for after in HALVINGS)
-        yield min(max(round((share * 0.5**halvings * area) ** 0.5), 1), *images.shape[2:])
+        yield min(max(round((SHARE * 0.5**halvings * area) ** 0.5), 1), *images.shape[2:])
 
 
 def _corner(images: Tensor, side: int, generator) -> tuple[slice, slice]:
@@ -121,50 +103,47 @@ def _linf_moves(images: Tensor, epsilon: float, clip, generator) -> tuple[Tensor
 
 def _l2_moves(images: Tensor, epsilon: float, clip, generator) -> tuple[Tensor, Callable]:
     """Bumps side by side in the ball, and the function that moves length between two squares."""
-    count, channels = images.shape[:2]
     project = projection(images, epsilon, "l2", clip)
-    bump = partial(_bumps, count, channels, generator=generator, like=images)
     tile = max(min(images.shape[2:]) // 5, 1)
     start = torch.zeros_like(images)
     for top in range(0, images.shape[2] - tile + 1, tile):
         for left in range(0, images.shape[3] - tile + 1, tile):
-            start[:, :, top : top + tile, left : left + tile] = bump(tile)
-
-    def full_length(delta: Tensor, chosen) -> Tensor:
-        delta = epsilon * delta / _length(delta).clamp(min=1e-12)
-        return project(images[chosen] + delta, chosen)
+            start[:, :, top : top + tile, left : left + tile] = _bumps(images, tile, generator)
 
     def change(points: Tensor, chosen: Tensor, side: int) -> Tensor:
         # Of an odd side of 3 at least, so that a bump has a middle.
         side = min(max(side, 3) // 2 * 2 + 1, *images.shape[2:])
         delta = points - images[chosen]
         gets, gives = (_corner(images, side, generator) for _ in range(2))
-        free = (epsilon**2 - _length(delta) ** 2).clamp(min=0)
-        window = delta[:, :, gets[0], gets[1]]
-        shape = bump(side)[chosen] + window / _length(window).clamp(min=1e-12)
+        free = (epsilon**2 - l2_length(delta) ** 2).clamp(min=0)
+        shape = _bumps(images, side, generator)[chosen] + _unit(delta[:, :, gets[0], gets[1]])
         rest = delta.clone()
         for rows, columns in (gets, gives):
             rest[:, :, rows, columns] = 0
         # All the length of the two squares, and what clipping has left over.
-        length = (free + _length(delta) ** 2 - _length(rest) ** 2).clamp(min=0).sqrt()
-        rest[:, :, gets[0], gets[1]] = length * shape / _length(shape).clamp(min=1e-12)
-        return full_length(rest, chosen)
+        length = (free + l2_length(delta) ** 2 - l2_length(rest) ** 2).clamp(min=0).sqrt()
+        rest[:, :, gets[0], gets[1]] = length * shape / l2_length(shape).clamp(min=1e-12)
+        return project(images[chosen] + epsilon * rest / l2_length(rest).clamp(min=1e-12), chosen)
 
-    return full_length(start, slice(None)), change
-
-
-def _length(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1)[:, None, None, None]
+    return project(images + epsilon * start / l2_length(start).clamp(min=1e-12)), change
 
 
-def _bumps(count: int, channels: int, side: int, *, generator, like: Tensor) -> Tensor:
-    """A hill beside a valley in a square of this side, of length 1, signs and direction drawn."""
+def _unit(delta: Tensor) -> Tensor:
+    return delta / l2_length(delta).clamp(min=1e-12)
+
+
+def _bumps(images: Tensor, side: int, generator) -> Tensor:
+    """A hill beside a valley per image, in a square of this side: random signs and direction.
+
+    Of l2 length 1, (B, C, side, side).
+    """
+    count, channels = images.shape[:2]
     half = side // 2
     both = torch.cat([_hill(half, side), -_hill(side - half, side)])
     both = both / both.norm()
-    turned = _coins((count, 1, 1, 1), generator, like.device)
-    signs = 1.0 - 2.0 * _coins((count, channels, 1, 1), generator, like.device).to(like)
-    both = both.to(like)
+    turned = _coins((count, 1, 1, 1), generator, images.device)
+    signs = 1.0 - 2.0 * _coins((count, channels, 1, 1), generator, images.device).to(images)
+    both = both.to(images)
     return torch.where(turned, both.T, both) * signs / channels**0.5
 
 

@@ -1,8 +1,9 @@
-"""The adaptive attack on networks that cut every pixel at two thresholds first.
+"""The adaptive attack on networks that first cut every pixel at two thresholds.
 
-Such a network sees z = apply_thresholds(x) only. So the attack searches all z that the ball of x
-reaches, with the exact gradient of the network behind the thresholds: nothing is masked there. (On
-attacks that know the defence: Tramer et al., NeurIPS 2020.)
+Such a network sees only z = apply_thresholds(x): 0 up to the lower threshold, 1 from the upper
+threshold on, linear between them. So the attack searches the z that the ball of x reaches, with
+the exact gradient of the network behind the thresholds, where nothing is masked. (On attacks that
+know the defence: Tramer et al., NeurIPS 2020.)
 """
 
 import copy
@@ -11,42 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from src.attacks import checked
-from src.balls import direction, linf_box, projection
-from src.checks import checked_logits, predicted
+from src.balls import direction, l2_rounding, linf_box, projection, scaled_to_largest
+from src.checks import checked_logits
 from src.engine.parts import apply_thresholds
 from src.engine.untouched import evaluation_form, unwrapped
-from src.robustness.apgd import Space, check_search, search
-from src.verdicts import Worst, logits_of, margin, with_gradients
+from src.robustness.apgd import Plan, search
+from src.verdicts import Worst, with_gradients
+
+# How often the search for a price halves its logarithmic range of nine orders of magnitude: 0.1 %.
+HALVINGS = 15
+# Half the first step of the most sensitive pixel behind the thresholds, in l2; z is 0 to 1 there.
+LEAP = 16.0
 
 
 @with_gradients()
 def thresholds_attack(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    norm: str = "linf",
-    *,
-    steps: int = 100,
-    restarts: int = 1,
-    loss: str = "margin",
-    targets: int = 0,
-    clip: tuple[float, float] = (0.0, 1.0),
-    generator: torch.Generator | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = "linf", **options
 ) -> Tensor:
-    """Auto-PGD behind the ramp of `model.thresholds`; arguments as for `apgd_attack`.
+    """Auto-PGD behind the thresholds of `model`; arguments as for `apgd_attack`.
 
-    In linf the reachable z are a box, for the ramp never falls: the search is that of a network
-    without a ramp, in a ball of another width at every pixel. In l2 they are not convex: the
-    cheapest changes take a few pixels all the way across the ramp, and the projection chooses
+    In linf the reachable z are a box, because z never falls as x rises. The search is that of any
+    other network, in a ball whose width differs from pixel to pixel. In l2 they are not convex:
+    the cheapest changes take a few pixels all the way from 0 to 1, and the projection chooses
     which. Random starts are corners of the box in linf, and a random choice of pixels in l2.
 
     Raises:
-        ValueError: for an argument out of its range, and for a model without `thresholds`, or
-            whose ramp stays when a copy of it has None for them.
+        ValueError: for an argument out of its range, and for a model that has no `thresholds`, or
+            whose copy still applies them after they are set to None.
     """
-    images = checked(images, labels, epsilon, norm, clip)
-    check_search(steps, restarts, loss, targets)
+    plan = Plan(**options)
+    images = checked(images, labels, epsilon, norm, plan.clip)
     model = unwrapped(model)
     if getattr(model, "thresholds", None) is None:
         raise ValueError("'model' has no thresholds; use apgd_attack.")
@@ -54,32 +49,25 @@ def thresholds_attack(
         return images.clone()
     with evaluation_form(model) as network:
         behind = behind_thresholds(network, images, model.thresholds)
-        reachable = _Box if norm == "linf" else _Sparse
-        reach = reachable(images, epsilon, clip, model.thresholds)
-        space = Space(behind, reach.origin, reach.project, reach.ascent, reach.random)
-        found = search(space, labels, steps, restarts, loss, targets, generator).points
-        points = projection(images, epsilon, norm, clip)(reach.pixels(found))
-        # What counts is the network itself at the pixels: rounding may differ.
+        space = (_Box if norm == "linf" else _Sparse)(images, epsilon, plan.clip, model.thresholds)
+        found = search(behind, space, labels, plan).points
+        points = projection(images, epsilon, norm, plan.clip)(space.pixels(found))
+        # The network itself judges the pixels: its rounding may differ.
         worst = Worst(network, images, labels, "margin", False)
-        with torch.no_grad():
-            for candidates in (images, points):
-                logits = logits_of(network, candidates, labels)
-                fallen = predicted(logits) != labels
-                worst.keep(candidates, slice(None), margin(logits, labels), fallen)
+        for candidates in (images, points):
+            worst.visit(candidates, want_gradient=False)
     return worst.points
 
 
+@torch.no_grad()
 def behind_thresholds(network: nn.Module, images: Tensor, thresholds) -> nn.Module:
-    """`network` without its ramp; ValueError unless it is that network after the ramp."""
-    # Shallow: the same weights, but the ramp of the copy alone is taken away.
+    """`network` without its thresholds; ValueError if it is not the rest of the network."""
+    # Shallow: the same weights, but only the copy loses its thresholds.
     behind = copy.copy(network)
     behind.thresholds = None
-    with torch.no_grad():
-        expected = checked_logits(network(images), len(images))
-        found, size = (
-            behind(apply_thresholds(images, thresholds)),
-            float(expected.nan_to_num().abs().max()),
-        )
+    expected = checked_logits(network(images), len(images))
+    found = behind(apply_thresholds(images, thresholds))
+    size = float(expected.nan_to_num().abs().max())
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
         raise ValueError(
             "'model' does not apply its thresholds as ConvNN does, first and only once; "
@@ -88,14 +76,8 @@ def behind_thresholds(network: nn.Module, images: Tensor, thresholds) -> nn.Modu
     return behind
 
 
-# Of the logarithm of the price: to 0.1 % of its nine orders of magnitude.
-HALVINGS = 15
-# Half the first step of the most sensitive pixel behind the ramp, in l2; the ramp is 1 wide.
-LEAP = 16.0
-
-
 class _Box:
-    """What an linf ball reaches behind the ramp."""
+    """What an linf ball reaches behind the thresholds: a space like `apgd.Ball`."""
 
     def __init__(self, images: Tensor, epsilon: float, clip, thresholds):
         self.images, self.thresholds = images, thresholds
@@ -103,10 +85,10 @@ class _Box:
         self.low, self.high = (apply_thresholds(bound, thresholds) for bound in self.pixel_box)
         self.origin = apply_thresholds(images, thresholds)
 
-    def project(self, points: Tensor, chosen=slice(None)) -> Tensor:
+    def project(self, points: Tensor, chosen: Tensor) -> Tensor:
         return points.clamp(self.low[chosen], self.high[chosen])
 
-    def ascent(self, gradient: Tensor, chosen=slice(None)) -> Tensor:
+    def ascent(self, gradient: Tensor, chosen: Tensor) -> Tensor:
         # In units of each pixel's half width, in which the box is a ball.
         return direction(gradient, "linf") * (self.high[chosen] - self.low[chosen]) / 2
 
@@ -115,101 +97,95 @@ class _Box:
         return torch.where(coins.to(self.images.device), self.low, self.high)
 
     def pixels(self, points: Tensor) -> Tensor:
-        """The pixels nearest to the image's own that the ramp takes to `points`."""
+        """The pixels nearest to the image's own that give `points`."""
         return nearest_pixels(self.images, points, self.thresholds).clamp(*self.pixel_box)
 
 
 class _Sparse:
-    """What an l2 ball reaches behind the ramp: all z whose nearest pixels are near enough."""
+    """What an l2 ball reaches behind the thresholds: all z whose nearest pixels are in it."""
 
     def __init__(self, images: Tensor, epsilon: float, clip, thresholds):
         self.images, self.thresholds = images, thresholds
-        # Narrower than the ball by more than the margin of rounding that its projection keeps.
-        rounding = torch.finfo(images.dtype).eps * images[0].numel() ** 0.5 * max(map(abs, clip))
-        self.budget = max(epsilon * (1 - 2e-6) - 2 * rounding, 1e-12) ** 2
-        edge = images.new_tensor(clip)
-        self.low, self.high = apply_thresholds(edge, thresholds)
+        # Smaller than the ball of `projection`, which leaves room for rounding.
+        self.budget = max(epsilon * (1 - 2e-6) - 2 * l2_rounding(images, clip), 1e-12) ** 2
+        self.low, self.high = apply_thresholds(images.new_tensor(clip), thresholds)
         self.origin = apply_thresholds(images, thresholds)
         self.width = thresholds[1] - thresholds[0]
 
-    def ascent(self, gradient: Tensor, chosen=slice(None)) -> Tensor:
-        # So far beyond the end of the ramp that at first the gradient for the cost alone decides
-        # which pixels move, and not where they were.
-        gradient = torch.nan_to_num(gradient)
-        largest = gradient.flatten(1).abs().amax(dim=1)[:, None, None, None]
-        return LEAP * gradient / torch.where(largest > 0, largest, 1)
+    def ascent(self, gradient: Tensor, chosen: Tensor) -> Tensor:
+        # Far beyond 0 and 1: at first only the gradient per cost decides which pixels move, and
+        # not where they were.
+        return LEAP * scaled_to_largest(gradient)
 
     def random(self, generator: torch.Generator) -> Tensor:
         noise = torch.randn(self.images.shape, generator=generator, device=generator.device)
-        return self.project(self.origin + noise.to(self.images))
+        return self.project(self.origin + noise.to(self.images), slice(None))
 
     def pixels(self, points: Tensor) -> Tensor:
         return nearest_pixels(self.images, points, self.thresholds)
 
-    def project(self, points: Tensor, chosen=slice(None)) -> Tensor:
-        """Near `points`, by a Lagrange multiplier for the budget and one pixel for the rest.
+    def project(self, points: Tensor, chosen) -> Tensor:
+        """Near `points`: a Lagrange multiplier spends most of the budget, one pixel the rest.
 
-        For a price of squared distance each pixel decides for itself; the lowest price that the
-        budget can pay is found by bisection. Far `points` make this the choice of the pixels
-        with the most gradient for their cost.
+        The multiplier is a price for squared distance, at which each pixel decides for itself.
+        Bisection finds the lowest price at which the budget suffices. If `points` are far away,
+        this chooses the pixels with the most gradient for their cost.
         """
         images, origin = self.images[chosen].flatten(1), self.origin[chosen].flatten(1)
         wanted = points.flatten(1)
         free = wanted.clamp(self.low, self.high)
-        # A pixel never pays more than moving gains, so this price is one that the budget can pay.
+        # A pixel never pays more than it gains by moving, so at this price the budget suffices.
         most = (wanted - origin).square().sum(dim=1, keepdim=True) / self.budget
         least = most * 1e-9
         for _ in range(HALVINGS):
             price = (least * most).sqrt()
             moved = self._at_price(images, origin, wanted, price)
-            paid = self._cost(images, moved).sum(dim=1, keepdim=True) <= self.budget
-            least, most = torch.where(paid, least, price), torch.where(paid, price, most)
+            affordable = self._cost(images, moved) <= self.budget
+            least = torch.where(affordable, least, price)
+            most = torch.where(affordable, price, most)
         found = self._at_price(images, origin, wanted, most)
-        affordable = self._cost(images, free).sum(dim=1, keepdim=True) <= self.budget
-        found = torch.where(affordable, free, self._spend_rest(images, wanted, found))
-        return found.view_as(points)
+        found = self._spend_rest(images, wanted, found)
+        affordable = self._cost(images, free) <= self.budget
+        return torch.where(affordable, free, found).view_as(points)
 
     def _at_price(self, images, origin, wanted, price):
-        """Per pixel the z of least (z - wanted)^2 + price * (change of the pixel)^2."""
-        low = self.thresholds[0]
-        # The minimum over the line without ends, then the better of its nearest end and staying.
-        slope = 1 + price * self.width**2
-        line = (wanted + price * self.width * (images - low)) / slope
-        line = line.clamp(self.low, self.high)
-        moving = (line - wanted).square() + price * self._cost(images, line)
+        """Per pixel, the z of least (z - wanted)^2 + price * (change of the pixel)^2."""
+        # The best z if z grew without end, cut to its range; then the better of this and staying.
+        best = wanted + price * self.width * (images - self.thresholds[0])
+        best = (best / (1 + price * self.width**2)).clamp(self.low, self.high)
+        moving = (best - wanted).square() + price * self._costs(images, best)
         staying = (origin - wanted).square()
-        return torch.where(moving < staying, line, origin)
+        return torch.where(moving < staying, best, origin)
 
     def _spend_rest(self, images, wanted, found):
-        """What is left of the budget to the one pixel where it helps most."""
-        cost = self._cost(images, found)
-        rest = (self.budget - cost.sum(dim=1, keepdim=True)).clamp(min=0)
-        far = (rest + cost).sqrt() * (wanted - found).sign()
-        further = apply_thresholds((images + far), self.thresholds).clamp(self.low, self.high)
+        """Spend what is left of the budget on the one pixel where it helps most."""
+        costs = self._costs(images, found)
+        rest = (self.budget - costs.sum(dim=1, keepdim=True)).clamp(min=0)
+        change = (rest + costs).sqrt() * (wanted - found).sign()
+        further = apply_thresholds(images + change, self.thresholds).clamp(self.low, self.high)
         # No further than wanted.
         further = torch.where(
             wanted > found, further.minimum(wanted.maximum(found)), further.maximum(wanted)
         )
-        help_ = (found - wanted).square() - (further - wanted).square()
-        best = help_.argmax(dim=1, keepdim=True)
-        useful = help_.gather(1, best) > 0
-        value = torch.where(useful, further.gather(1, best), found.gather(1, best))
-        return found.scatter(1, best, value)
+        gain = (found - wanted).square() - (further - wanted).square()
+        best = gain.argmax(dim=1, keepdim=True)
+        chosen = torch.where(gain.gather(1, best) > 0, further, found).gather(1, best)
+        return found.scatter(1, best, chosen)
+
+    def _costs(self, images: Tensor, points: Tensor) -> Tensor:
+        """Squared change of each pixel, (B, pixels)."""
+        return (nearest_pixels(images, points, self.thresholds) - images).square()
 
     def _cost(self, images: Tensor, points: Tensor) -> Tensor:
-        return (nearest_pixels(images, points, self.thresholds) - images).square()
+        return self._costs(images, points).sum(dim=1, keepdim=True)
 
 
 def nearest_pixels(images: Tensor, points: Tensor, thresholds) -> Tensor:
-    """The pixels nearest to those of `images` that the ramp takes to `points`.
+    """The pixels nearest to those of `images` that `apply_thresholds` takes to `points`.
 
-    Black behind the ramp is every pixel up to the lower threshold, white every one from the
-    upper on; between them there is one pixel for each value.
+    Every pixel up to the lower threshold gives 0, every one from the upper threshold on gives 1;
+    for each value between 0 and 1 there is one pixel.
     """
     low, high = thresholds
-    between = low + points * (high - low)
-    return torch.where(
-        points <= 0,
-        images.clamp(max=low),
-        torch.where(points >= 1, images.clamp(min=high), between),
-    )
+    above = torch.where(points >= 1, images.clamp(min=high), low + points * (high - low))
+    return torch.where(points <= 0, images.clamp(max=low), above)

@@ -102,16 +102,16 @@ def test_few_pixels_are_counted_where_they_are_stronger():
 
 
 def test_what_the_search_without_gradients_breaks_is_counted():
-    # Rounded pixels have no gradient; the random search breaks images all the same.
-    model, dataset = Between(before=quantised), halves(100)
-    found = attack_evaluation(model, dataset, range(100), range(0, 100, 2), steps=2, radii=RADII)
+    # Rounded pixels have no gradient; the Square Attack breaks images all the same.
+    model, dataset, radii = Between(before=quantised), halves(100), [*RADII, ("l2", 3.0)]
+    found = attack_evaluation(model, dataset, range(100), range(0, 100, 2), steps=2, radii=radii)
     worst, on_curve = check(found, 2)
     stronger = {
         ball: counts(found["table"], multi_step_name(2))[ball] - worst[ball] for ball in worst
     }
     assert max(stronger.values()) > 20
     assert "gradient-free stronger" in {warning["check"] for warning in found["warnings"]}
-    assert on_curve["l2", 2.0] < counts(found["curve"], multi_step_name(1))["l2", 2.0]
+    assert on_curve["l2", 3.0] < counts(found["curve"], multi_step_name(1))["l2", 3.0]
 
 
 def test_a_sample_that_shows_a_stronger_attack_is_followed_by_all_images():
@@ -150,7 +150,7 @@ def test_the_attack_behind_the_ramp_is_tried_on_networks_with_thresholds(monkeyp
     worst, _ = check(found, 2)
     for (norm, epsilon), hits in worst.items():
         for attack, options in (
-            (thresholds_attack, module.RAMP[norm]),
+            (thresholds_attack, module.THRESHOLDS_OPTIONS[norm]),
             (few_pixels_attack, {}),
         ):
             if attack is few_pixels_attack and norm == "linf":

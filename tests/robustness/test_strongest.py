@@ -167,10 +167,9 @@ def test_bad_arguments_are_named(attack, name, value):
         attack(RampedLinear(10), **arguments)
 
 
-@pytest.mark.parametrize(("name", "value"), [("queries", 0), ("share", 0.0), ("share", 1.1)])
-def test_bad_arguments_of_the_square_attack_are_named(name, value):
-    with pytest.raises(ValueError, match=f"'{name}'"):
-        square_attack(Linear(10), *random_batch(5), 0.1, **{name: value})
+def test_no_queries_are_refused():
+    with pytest.raises(ValueError, match="'queries'"):
+        square_attack(Linear(10), *random_batch(5), 0.1, queries=0)
 
 
 def test_losses_that_need_more_classes_and_models_without_a_ramp_are_refused():
