@@ -43,7 +43,7 @@ TOLERANCE = 0.01
 SATURATED = 0.1
 
 # The attack without gradients: a few calls are enough to find what gradients miss.
-SHORT_SEARCH = partial(square_attack, queries=300)
+SHORT_SEARCH = partial(square_attack, queries=1000)
 
 # (attack, norm, epsilon) -> which images stand, as `attack_hits` returns it.
 Standing = Mapping[tuple[str, str, float], Tensor]
