@@ -64,7 +64,7 @@ def check_dataset(dataset: TensorDataset, *, empty: bool = True) -> None:
     check_tensors(dataset)
     if len(dataset.tensors) != 2:
         given = len(dataset.tensors)
-        raise ValueError(f"'dataset' must have two tensors, images and labels, not {given}.")
+        raise ValueError(f"'dataset' must be a TensorDataset of images and labels, not of {given}.")
     images, labels = dataset.tensors
     check_images(images)
     check_labels(labels, len(images))

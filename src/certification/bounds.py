@@ -73,12 +73,13 @@ def _newton(k, n, alpha, p):
 
 
 def _rounding_error(k, n, alpha, p):
-    """What the root `p` may be off by, and more.
+    """More than the root `p` was ever off by in a test with 34 digits (checked with mpmath).
 
-    Against 34 digits, on 250,000 counts up to MAX_TRIALS (few and many successes and failures,
-    and in between) and alpha from MIN_ALPHA to 1 - 2**-53: at most 31 units in the last place
-    for alpha from 1e-12 to 1/2 and n up to 2**27, 62 for smaller alpha; n * 2**-64 of the root
-    for alpha above 1/2 (few successes), and less than that for alpha up to 1/2 beyond 2**27.
+    301,500 random counts had up to MAX_TRIALS trials, few or many successes or failures, and alpha
+    from MIN_ALPHA to 1 - 2**-53. No bound was above the exact one. The largest errors of `p`, in
+    units in the last place, were 15 for alpha from 1e-12 to 1/2 and 57 for smaller alpha, both up
+    to 2**27 trials; beyond, 2,010 for alpha up to 1/2 (1/90 of what is subtracted); and 1.1 for
+    alpha above 1/2.
     """
     rough = (k < n) & ((alpha > 0.5) | (n > 2**27))
     units = np.where(alpha < 1e-12, 2 * BOUND_GUARD, BOUND_GUARD)

@@ -17,6 +17,7 @@ from src.certification.stopping import (
     mixture_decision,
     mixture_log_e_value,
 )
+from tests.certification.test_bounds import fraction
 
 
 def operating_characteristics(p, p0, alpha, max_n):
@@ -89,6 +90,26 @@ def test_e_value_is_just_below_the_integral(p0, k, n):
         assert exact - 1e-5 < log_e < exact
     else:
         assert exact < -600
+
+
+@pytest.mark.parametrize("deviations", [0, 1, 6])
+@pytest.mark.parametrize(
+    ("p0", "size"), [(0.5, 20), (0.8413, 20), (1 - 1e-6, 30), (1 - 1e-6, 37), (1 - 2.0**-40, 37)]
+)
+def test_e_value_is_never_above_the_true_one_in_the_corners(p0, size, deviations):
+    n = 2**size
+    k = min(int(n * p0 + deviations * np.sqrt(n * p0 * (1 - p0))) + 1, n)
+    with mpmath.workdps(50):
+        a, b, start = mpmath.mpf(k + 1), mpmath.mpf(n - k) + CONCENTRATION, mpmath.mpf(p0)
+        # The tail above p0 is all but the part below, by a continued fraction (DLMF 8.17.22).
+        whole = mpmath.loggamma(a) + mpmath.loggamma(b) - mpmath.loggamma(a + b)
+        log_below = a * mpmath.log(start) + b * mpmath.log1p(-start) - mpmath.log(a)
+        below = mpmath.exp(log_below - whole) * fraction(a, b, start)
+        log_prior = CONCENTRATION * mpmath.log1p(-start) - mpmath.log(CONCENTRATION)
+        log_votes = k * mpmath.log(start) + (n - k) * mpmath.log1p(-start)
+        exact = whole + mpmath.log1p(-below) - log_prior - log_votes
+    allowed = 1e-12 * (n + 100)
+    assert exact - 2 * allowed < mixture_log_e_value(k, n, p0) < exact
 
 
 @given(st.integers(0, 10**6), st.integers(0, 2000), st.floats(0.5, 0.999999))
