@@ -1,16 +1,29 @@
-"""Adversarial training of ConvNN with the gradient attack, or PGD, on MNIST.
+"""Adversarial training in a single step: AutoAttack 93.9 % at linf 0.3, 4 minutes on one core.
 
-Every epoch is watched on held-out training images: the epoch with the best PGD accuracy is
-saved, and catastrophic overfitting is reported. Writes models/adversarial_training.pt,
-results/adversarial_training_attacks.csv,
-results/adversarial_training_smallest_epsilons.csv and figures.
+Command: python main_adv_training.py
+
+Trains ConvNN on MNIST with the gradient attack, or with PGD, and attacks the network. After each
+epoch, PGD attacks held-out training images. The epoch with the best accuracy is saved, and
+catastrophic overfitting is reported. AutoAttack is not part of this script; the figure is the mean
+of three seeds in docs/results.md, on all test images. Writes models/adversarial_training.pt,
+results/adversarial_training_attacks.csv, results/adversarial_training_smallest_epsilons.csv and
+figures.
 """
 
 from functools import partial
 from pathlib import Path
 
 from src.checkpoints import save_checkpoint
-from src.command_line import count, number, parse, reserved, run, script_parser, training_options
+from src.command_line import (
+    count,
+    number,
+    parse,
+    reserved,
+    run,
+    script_parser,
+    training_arguments,
+    training_options,
+)
 from src.methods.adversarial import (
     adversarial_loss_schedule,
     collapsed_epochs,
@@ -21,15 +34,15 @@ from src.methods.adversarial import (
 from src.models import ConvNN
 from src.optimisation.processes import is_main, own_seed
 from src.provenance import provenance
-from src.reports.one_model import figure_title, report_attacks
+from src.reports.one_model import Output, figure_title, report_attacks
 from src.reports.plotting import plot_held_out_robustness, plot_training
 from src.robustness.fixed_radii import radii_with
-from src.training_and_evaluation import accuracy, adversarial_loss, train_model
+from src.training_and_evaluation import adversarial_loss, train_model
 from src.utils import get_device, load_training_data, seed_everything, spread
 
 NAME, TITLE = "adversarial_training", "Adversarial training"
-# Most of an l-infinity ball vanishes in the ramp of the pixels; in l2 the ramp is crossed by moving
-# a few of them far.
+# The thresholds cut away most changes of an l-infinity ball. An l2 attack gets past them by
+# changing a few pixels a lot.
 DEFAULTS = {
     "linf": {"epsilon": 0.3, "thresholds": [0.4, 0.6]},
     "l2": {"epsilon": 2.0, "thresholds": None},
@@ -47,30 +60,14 @@ def main(argv=None):
         model, history = train(*training, args, device)
         if is_main():
             facts |= {"seconds": history["epochs"][-1]["seconds"]}
-            report(model, history, test, args, facts)
-
-
-def report(model, history, test, args, facts):
-    """Save the model, then draw, evaluate and write what is known of it."""
-    path = save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
-    title = figure_title(args.name, TITLE, NAME)
-    report_training(history, Path(args.figures) / args.name, title)
-    test_accuracy = accuracy(model, test)
-    print(f"Test accuracy: {test_accuracy:.2%} of {len(test):,} images; saved {path}")
-    report_attacks(
-        model,
-        test,
-        name=args.name,
-        title=title,
-        figures=args.figures,
-        results=args.results,
-        facts=facts | {"test_accuracy": test_accuracy, "epochs": history["epochs"]},
-        images=100 if args.quick else 1000,
-        curve_images=50 if args.quick else 500,
-        steps=4 if args.quick else 40,
-        radii=radii_with((args.norm, args.epsilon)),
-    )
-    print(f"Figures in {args.figures}/, rows in {args.results}/")
+            save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
+            title = figure_title(args.name, TITLE, NAME)
+            facts |= {"epochs": history["epochs"]}
+            output = Output(args.name, title, facts, args.results, args.figures)
+            report_training(history, output)
+            balls = radii_with((args.norm, args.epsilon))
+            report_attacks(model, test, output, quick=args.quick, radii=balls)
+            print(f"Figures in {args.figures}/, rows in {args.results}/, model in {args.models}/")
 
 
 def train(images, held_out, args, device):
@@ -83,24 +80,16 @@ def train(images, held_out, args, device):
     history = train_model(
         model,
         images,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        shift=args.shift,
-        warp=args.warp,
-        precision=args.training_precision,
-        optimizer=args.optimizer,
-        seed=args.seed,
         loss_schedule=loss_schedule(args),
         watch=held_out_watch(spread(held_out, 1000), args.epsilon, args.norm),
         select="pgd",
+        **training_arguments(args),
     )
     return model, history
 
 
 def loss_schedule(args):
-    """Progress of the training -> its loss, as the options say."""
+    """The loss as a function of the progress of the training, as the options say."""
     attack = training_attack(
         args.attack, args.norm, steps=args.steps, stride=args.stride, seed=own_seed(args.seed)
     )
@@ -108,26 +97,26 @@ def loss_schedule(args):
     return adversarial_loss_schedule(attack, args.epsilon, loss=loss)
 
 
-def report_training(history, stem, title):
-    """Say whether the training collapsed, and draw its curves to files that begin with `stem`."""
+def report_training(history, output):
+    """Say whether the training collapsed, and draw its curves."""
     collapsed = collapsed_epochs(history["epochs"])
     if collapsed:
         print(
-            f"ALARM: catastrophic overfitting in epochs {collapsed}: the network defeats the "
-            "single step, not the ball. Try --attack pgd, a smaller --epsilon or fewer --epochs."
+            f"ALARM: catastrophic overfitting in epochs {collapsed}: the network withstands the "
+            "single step but not PGD. Try --attack pgd, a smaller --epsilon or fewer --epochs."
         )
     print(f"Kept epoch {history['best_epoch']}, the best under PGD on held-out training images")
-    plot_training(history, f"{stem}_curves.png", title, held_out="held out, not attacked")
-    plot_held_out_robustness(
-        history, f"{stem}_held_out.png", f"{title}: held-out images", collapsed
-    )
+    title, path = output.title, output.figure("curves")
+    plot_training(history, path, title, held_out="held out, not attacked")
+    path = output.figure("held_out")
+    plot_held_out_robustness(history, path, f"{title}: held-out images", collapsed)
 
 
 def complete(args):
-    """The options with the defaults of their norm and of their attack filled in.
+    """Fill in the defaults that depend on the norm and on the attack.
 
     Raises:
-        ValueError: for an option without effect beside the others, or a ball beyond all images.
+        ValueError: if an option has no effect beside the others, or epsilon exceeds all pixels.
     """
     for name, value in DEFAULTS[args.norm].items():
         if getattr(args, name) is None:
@@ -146,25 +135,22 @@ def complete(args):
 
 def option_parser():
     parser = script_parser(__doc__, "python main_adv_training.py --epsilon 0.2 --name weaker")
-    # Warps in place of shifts: more held-out images withstood the attack; see docs/recipes.md.
+    # With warps instead of shifts more held-out images withstood the attack; see docs/recipes.md.
     training_options(parser, name=NAME, epochs=14, hidden=256, shift=0, warp=0.15)
-    add = parser.about("training")
+    add = parser.adder("training")
     add("--beta", type=number(), help="weight of the divergence in the TRADES loss; default: none")
-    cut = parser.groups["training"].add_mutually_exclusive_group()
-    cut.add_argument(
-        "--thresholds",
-        type=number(0, 1, with_low=True, with_high=True),
-        nargs=2,
-        help="pixels become 0 up to the first, 1 from the second on; default: 0.4 0.6, in l2 none",
-    )
-    cut.add_argument("--no-thresholds", action="store_true", help="let pixels in as they are")
-    add = parser.about("attack")
-    add("--norm", choices=("linf", "l2"), default="linf", help="of the ball")
+    add = parser.groups["training"].add_mutually_exclusive_group().add_argument
+    cuts = "pixels become 0 up to the first, 1 from the second on; default: 0.4 0.6, in l2 none"
+    unit = number(0, 1, with_low=True, with_high=True)
+    add("--thresholds", type=unit, nargs=2, help=cuts)
+    add("--no-thresholds", action="store_true", help="leave pixels as they are")
+    add = parser.adder("attack")
+    add("--norm", choices=("linf", "l2"), default="linf", help="norm of the ball")
     epsilon = "radius of the ball, in pixel units; default: 0.3, in l2 2"
     add("--epsilon", type=number(high=28, with_high=True), help=epsilon)
     kinds = ("gradient", "pgd")
-    add("--attack", choices=kinds, default="gradient", help="used in training: one step, or PGD")
-    add("--steps", type=count(), help="of PGD in training; default: 7")
+    add("--attack", choices=kinds, default="gradient", help="attack in training: a step or PGD")
+    add("--steps", type=count(), help="steps of PGD in training; default: 7")
     stride = "length of the single step, as a multiple of epsilon; default: 2"
     add("--stride", type=number(high=100), help=stride)
     return parser

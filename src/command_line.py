@@ -1,8 +1,9 @@
-"""What the four scripts share on the command line."""
+"""The command line of the four scripts: their shared options, types of options, and errors."""
 
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,25 +16,31 @@ from src.optimisation.updates import OPTIMIZERS
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description; shows defaults, but not None or that a switch is off."""
+    """Keeps the lines of the description. Shows defaults other than None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # The null character keeps "default: auto" on one line at any width of the terminal.
+        text = " ".join(text.split()).replace("default: ", "default:\0")
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        return [line.replace("\0", " ") for line in lines]
+
 
 class Parser(argparse.ArgumentParser):
-    """Options in groups. Its errors are one sentence, without lines of usage, and exit status 1."""
-
-    TITLES = ("data", "training", "attack", "certification", "output", "run")
+    """Options in groups. An error is one sentence, without the usage, and exit status 1."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
-        self.groups = {title: self.add_argument_group(title) for title in self.TITLES}
+        titles = ("data", "training", "attack", "certification", "output", "run")
+        # The help leaves out groups without options.
+        self.groups = {title: self.add_argument_group(title) for title in titles}
 
-    def about(self, title: str) -> Callable:
-        """The `add_argument` of one of the groups; those without options are not shown."""
+    def adder(self, title: str) -> Callable:
+        """The method `add_argument` of a group."""
         return self.groups[title].add_argument
 
     def error(self, message: str) -> NoReturn:
@@ -41,15 +48,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: Parser, argv: Sequence[str] | None, **quick) -> argparse.Namespace:
-    """The options, once the folders they name are known to take files.
+    """Parse the options, and check that files can be written to the folders they name.
 
     Args:
-        parser: of `script_parser`.
-        argv: the words; None for those of the command line.
-        quick: the defaults under --quick; what the user gives goes before them.
+        parser: from `script_parser`.
+        argv: the words to parse; None means those of the command line.
+        quick: defaults of options under --quick. What the user gives takes precedence.
 
     Raises:
-        OSError: if a folder does not take files; better before the training than after it.
+        OSError: if a folder cannot be written to.
     """
     args = parser.parse_args(argv)
     if args.quick:
@@ -62,18 +69,18 @@ def parse(parser: Parser, argv: Sequence[str] | None, **quick) -> argparse.Names
 
 @contextmanager
 def reserved(args: argparse.Namespace, *tables: str, resume: bool = False) -> Iterator[None]:
-    """Hold the name of a training run, from before the training until all is written.
+    """Reserve the name of a training run, from before the training until all is written.
 
-    What the run will write can be written, no other run writes it, and earlier rows of that name,
-    which would lie beside another model, are out of the way.
+    Checks that the run can write its files, keeps other runs from writing them, and renames
+    earlier rows, which would otherwise lie beside another model.
 
     Args:
         args: options with `name` and the folders `models`, `figures` and `results`.
         tables: endings of the files of rows, after the name.
-        resume: leave the rows: the run goes on with them.
+        resume: keep the earlier rows, because the run continues them.
 
     Raises:
-        OSError: if a file cannot be written or another run holds the name.
+        OSError: if a file cannot be written or another run has reserved the name.
     """
     if not is_main():
         yield
@@ -93,7 +100,7 @@ def reserved(args: argparse.Namespace, *tables: str, resume: bool = False) -> It
 
 @contextmanager
 def when_interrupted(advice: str) -> Iterator[None]:
-    """What `run` says after Ctrl-C in this block."""
+    """Make `run` print this advice after Ctrl-C in the block."""
     try:
         yield
     except KeyboardInterrupt:
@@ -101,17 +108,17 @@ def when_interrupted(advice: str) -> Iterator[None]:
 
 
 def script_parser(description: str, example: str) -> Parser:
-    """A parser with the options that every script takes; its help begins with `example`."""
+    """A parser with the options that every script takes; its help starts with `example`."""
     parser = Parser(usage=example, description=description)
-    parser.about("data")("--data", default="data", help="folder of MNIST, filled if it is empty")
-    add = parser.about("output")
+    parser.adder("data")("--data", default="data", help="folder of MNIST, filled if empty")
+    add = parser.adder("output")
     add("--models", default="models", help="folder of the checkpoints")
-    add("--figures", default="figures", help="folder of the plots")
+    add("--figures", default="figures", help="folder of the figures")
     add("--results", default="results", help="folder of the result rows")
-    add = parser.about("run")
+    add = parser.adder("run")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    add("--seed", type=count(0, 2**63 - 1), default=0, help="of everything that is random")
-    add("--quick", action="store_true", help="a smoke run of seconds, tiny sizes")
+    add("--seed", type=count(0, 2**63 - 1), default=0, help="seed of everything that is random")
+    add("--quick", action="store_true", help="a test run of seconds on tiny data")
     return parser
 
 
@@ -124,45 +131,36 @@ def training_options(
     shift: int = 1,
     warp: float = 0.0,
 ) -> None:
-    """Add the options of the scripts that train, with the defaults given."""
-    add = parser.about("output")
-    add("--name", type=stem, default=name, help="beginning of the names of the files written")
-    add = parser.about("data")
-    add("--held-out", type=count(), default=5000, help="training images kept aside for choices")
-    add = parser.about("training")
+    """Add the options of the scripts that train, with these defaults."""
+    names = "first part of the names of the files written"
+    parser.adder("output")("--name", type=stem, default=name, help=names)
+    kept = "training images kept aside to choose by"
+    parser.adder("data")("--held-out", type=count(), default=5000, help=kept)
+    add = parser.adder("training")
     add("--epochs", type=count(), default=epochs, help="passes over the data")
     add("--batch-size", type=count(), default=256, help="images per update")
-    add("--learning-rate", type=number(high=10), default=0.01, help="at its peak")
-    add(
-        "--weight-decay",
-        type=number(high=10, with_low=True),
-        default=0.01,
-        help="each update shrinks a weight by this fraction times the learning rate",
-    )
+    add("--learning-rate", type=number(high=10), default=0.01, help="learning rate at its peak")
+    decay = "each update shrinks a weight by this fraction times the learning rate"
+    add("--weight-decay", type=number(high=10, with_low=True), default=0.01, help=decay)
     add("--shift", type=count(0, 27), default=shift, help="largest random translation, in pixels")
-    add(
-        "--warp",
-        type=number(high=1, with_low=True),
-        default=warp,
-        help="largest random distortion: 0.1 turns, shears and stretches by up to a tenth",
-    )
+    warps = "largest random distortion: 0.1 turns, shears and stretches by up to a tenth"
+    add("--warp", type=number(high=1, with_low=True), default=warp, help=warps)
     widths = {"type": count(1, 4096), "nargs": 2, "default": [16, 32]}
     add("--channels", **widths, help="widths of the two convolutions")
-    layer = "width of a fully connected layer before the output; default: none"
-    layer = layer if hidden is None else layer.partition(";")[0]
+    layer = "width of a fully connected layer before the output"
+    layer += "; default: none" if hidden is None else ""
     add("--hidden", type=count(1, 65_536), default=hidden, help=layer)
-    add(
-        "--training-precision",
-        choices=FLOATS,
-        default="float32",
-        help="of the network in training; bfloat16 is faster where there are units for it",
-    )
-    add(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adamw",
-        help="muon learns more from as many epochs of long training",
-    )
+    units = "precision of the training; bfloat16 is faster on hardware with units for it"
+    add("--training-precision", choices=FLOATS, default="float32", help=units)
+    muon = "muon learns more per epoch in long trainings"
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help=muon)
+
+
+def training_arguments(args: argparse.Namespace) -> dict:
+    """The keyword arguments of `train_model` that `training_options` offers."""
+    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "shift", "warp")
+    chosen = {name: getattr(args, name) for name in (*names, "optimizer", "seed")}
+    return chosen | {"precision": args.training_precision}
 
 
 def count(minimum: int = 1, maximum: int = 10**9) -> Callable[[str], int]:
@@ -184,7 +182,10 @@ def count(minimum: int = 1, maximum: int = 10**9) -> Callable[[str], int]:
 def number(
     low: float = 0.0, high: float = 1000.0, *, with_low: bool = False, with_high: bool = False
 ) -> Callable[[str], float]:
-    """Type of an option: a number between `low` and `high`, or also one of those themselves."""
+    """Type of an option: a number between `low` and `high`.
+
+    The bounds themselves are allowed only `with_low` and `with_high`.
+    """
 
     def parse(text: str) -> float:
         try:
@@ -201,7 +202,7 @@ def number(
 
 
 def stem(text: str) -> str:
-    """Type of an option: the beginning of file names, in the folders given and visible."""
+    """Type of an option: the first part of file names, without folders or a leading dot."""
     if not text or text.startswith(".") or any(not c.isprintable() or c in "/\\" for c in text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no beginning of a file name; use letters, digits, '_', '-' and '.'"
@@ -220,8 +221,8 @@ def share(text: str) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`, alone or as one of torchrun's processes.
 
-    An expected error becomes one sentence and exit status 1; Ctrl-C gives exit status 130, with
-    the advice of `when_interrupted`.
+    An expected error becomes one sentence and exit status 1, or a traceback if the environment
+    variable TRACEBACK is set. Ctrl-C prints the advice of `when_interrupted`: exit status 130.
     """
     try:
         with process_group():

@@ -256,18 +256,6 @@ def test_checkpoints_of_the_comparison_may_lie_anywhere(finished, tmp_path):
         load_models(finished / "models", "cpu", {"standard": tmp_path / "absent.pt"})
 
 
-def test_a_resumed_run_keeps_the_precision_of_its_rows(finished, monkeypatch, capsys):
-    # A busy machine may measure otherwise the second time; the rows that stand must not be lost.
-    monkeypatch.chdir(finished)
-    path = finished / "results" / "certificates_smoothed.csv"
-    before, stored = path.read_bytes(), main_compare.recorded_precision("results", "smoothed")
-    other = "float32" if stored == "bfloat16" else "bfloat16"
-    monkeypatch.setattr(main_compare, "fastest_precision", lambda *networks: other)
-    main_compare.main(["--quick", "--resume"])
-    assert path.read_bytes() == before
-    assert f"in {stored}" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("options", "epsilon", "thresholds"),
     [
@@ -286,7 +274,9 @@ def test_adversarial_training_has_the_defaults_of_its_norm(options, epsilon, thr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_gives_units_and_defaults(script):
+@pytest.mark.parametrize("columns", ["20", "63", "200"])
+def test_help_gives_units_and_defaults(script, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
     ended = start(script, "--help", cwd=ROOT)
     assert ended.returncode == 0
     for option in ("--device", "--seed", "--quick"):

@@ -6,55 +6,43 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 from src.checkpoints import load_checkpoint
-from src.files import drop_equal_copies, set_aside, write_json
+from src.files import drop_equal_copies, set_aside
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import is_main
 from src.records.certify import certify_dataset
 from src.records.merging import merge
-from src.records.rows import read_rows, write_rows
-from src.reports.plotting import (
-    plot_accuracy_against_epsilon,
-    plot_certified_accuracy,
-    plot_gallery,
-    plot_p_lower,
-)
-from src.reports.tables import (
-    attack_comparison,
-    certificate_lines,
-    median_lines,
-    population_lines,
-    round_down,
-)
+from src.records.rows import read_rows
+from src.reports.one_model import Output, save_attacks
+from src.reports.plotting import plot_certified_accuracy, plot_gallery, plot_p_lower
+from src.reports.tables import attack_comparison, certificate_lines, population_lines, round_down
 from src.robustness.challenge import broken_allowed, challenge_certificates
-from src.robustness.checklist import short_warnings, warning_lines
-from src.robustness.evaluation import attack_evaluation, attack_rows
+from src.robustness.checklist import warning_lines
+from src.robustness.evaluation import attack_evaluation
 from src.robustness.fixed_radii import radii_with
 from src.training_and_evaluation import accuracy
 from src.utils import subset
 
-# Checkpoint and the script that makes it, for each model in the order of the tables.
+# Model, in the order of the tables -> its checkpoint and the script that makes it.
 MODELS = {
     "standard": ("standard_training", "main_training.py"),
     "adversarial": ("adversarial_training", "main_adv_training.py"),
     "smoothed": ("randomized_smoothing", "main_random_smoothing.py"),
 }
-
-TABLES = ("attacks", "smallest_epsilons")
+_TABLES = ("attacks", "smallest_epsilons")
 
 
 def load_models(
     folder: str | Path, device, chosen: Mapping[str, str | Path | None] | None = None
 ) -> dict[str, ConvNN]:
-    """The three checkpoints by the names of the tables: those `chosen`, else those in `folder`.
+    """The three models: from the files `chosen`, else from the default files in `folder`.
 
     Raises:
-        FileNotFoundError: if one is missing; the message names the script that makes it.
-        ValueError: if one is damaged.
+        FileNotFoundError: if a file is missing; the message names the script that makes it.
+        ValueError: if a file is damaged.
     """
     models = {}
     for name, (stem, script) in MODELS.items():
-        path = (chosen or {}).get(name)
-        path = Path(path or Path(folder) / f"{stem}.pt")
+        path = Path((chosen or {}).get(name) or Path(folder) / f"{stem}.pt")
         if not path.exists():
             raise FileNotFoundError(f"There is no checkpoint {path}; run python {script} first.")
         models[name] = load_checkpoint(path, device)
@@ -62,36 +50,28 @@ def load_models(
 
 
 def smoothing_sigma(model: ConvNN) -> float:
-    """The sigma that a checkpoint was trained for.
-
-    Raises:
-        ValueError: if it does not say.
-    """
+    """The sigma that a model was trained for; ValueError if its checkpoint records none."""
     if "sigma" not in model.facts:
         raise ValueError("The checkpoint of the smoothed model has no sigma; give --sigma.")
     return model.facts["sigma"]
 
 
-def trained_ball(model: ConvNN) -> tuple[str, float] | None:
-    """Norm and epsilon of the attack that a checkpoint was trained with, if it was."""
-    options = model.facts.get("options", {})
-    return (options["norm"], options["epsilon"]) if {"norm", "epsilon"} <= options.keys() else None
-
-
 def attack_models(
     models: Mapping[str, ConvNN], test: TensorDataset, indices: Sequence[int], *, steps: int
 ) -> dict[str, dict[str, list[dict]]]:
-    """Each model's `attack_evaluation` on the same images; returns {model: evaluation}.
+    """`attack_evaluation` of each model on the same images; returns {model: evaluation}.
 
-    The smoothed model stands there with its base network: these attacks do not see the noise.
+    The table also has the balls that the models were trained against. The smoothed model is
+    attacked as its base network: these attacks do not see the noise.
     """
-    evaluations, radii = {}, radii_with(*filter(None, map(trained_ball, models.values())))
+    options = [model.facts.get("options", {}) for model in models.values()]
+    balls = [(o["norm"], o["epsilon"]) for o in options if {"norm", "epsilon"} <= o.keys()]
+    evaluations, radii = {}, radii_with(*balls)
     for name, model in models.items():
         print(f"Attacking the {name} model on {len(indices)} test images")
-        evaluations[name] = attack_evaluation(
-            model, test, indices, indices, steps=steps, radii=radii
-        )
-        print(warning_lines(evaluations[name]["warnings"]))
+        found = attack_evaluation(model, test, indices, indices, steps=steps, radii=radii)
+        evaluations[name] = found
+        print(warning_lines(found["warnings"]))
     return evaluations
 
 
@@ -99,45 +79,48 @@ def certify_models(
     models: Mapping[str, ConvNN],
     test: TensorDataset,
     indices: Sequence[int],
+    results: str | Path,
     *,
     sigma: float,
-    n0: int,
-    n: int,
-    alpha: float,
-    seed: int,
     precision: str,
-    results: str | Path,
     facts: Mapping,
-    resume: bool,
     shard: tuple[int, int] = (1, 1),
-    two_sided: bool = False,
+    **settings,
 ) -> dict[str, list[dict]]:
-    """Certify each model, smoothed with the same noise, on the same images; see `certify`.
+    """Certify each model, smoothed with the same noise, on the same images.
 
-    Of the images only the k-th of n parts is taken if `shard` is (k, n). Rows go to
-    results/certificates_<model>.csv, or .shard-k-of-n.csv, as they are finished; `resume` takes
-    up those of an interrupted run, see `record_certificates`. Returns {model: rows}.
+    Rows go to results/certificates_<model>.csv as they are finished.
+
+    Args:
+        models: name -> network.
+        test: the test set.
+        indices: the test images to certify.
+        results: folder of the rows.
+        sigma: standard deviation of the noise, in pixel units.
+        precision: precision of the networks that vote.
+        facts: what is worth knowing of the run, JSON values.
+        shard: (k, n) certifies the k-th of n parts of the images. If n > 1, the file names end in
+            .shard-k-of-n.csv.
+        settings: `n0`, `n`, `alpha`, `seed`, `two_sided` and `resume` of `certify_dataset`.
+
+    Returns:
+        {model: rows}.
     """
     part, parts = shard
+    print(f"Certifying at sigma = {sigma:g}, n = {settings['n']:,}, alpha = {settings['alpha']:g}")
     rows = {}
     for name, model in models.items():
-        print(f"Certifying the {name} model at sigma = {sigma:g}, n = {n:,}, alpha = {alpha:g}")
         clean = accuracy(model.inference_form(precision), test)
-        print(f"Its accuracy on all clean test images, in {precision}: {clean:.2%}")
+        print(f"Certifying the {name} model, {clean:.2%} correct on clean images in {precision}")
         rows[name] = certify_dataset(
             SmoothClassifier(model, sigma, precision=precision),
             test,
             certificates_path(results, name, shard),
-            n0=n0,
-            n=n,
-            alpha=alpha,
-            seed=seed,
             indices=indices[part - 1 :: parts],
-            resume=resume,
-            two_sided=two_sided,
             facts={**facts, "clean_accuracy": clean},
             shard=f"{part}/{parts}" if parts > 1 else None,
             progress=is_main(),
+            **settings,
         )
     return rows
 
@@ -145,35 +128,38 @@ def certify_models(
 def set_targets_aside(
     models: Iterable[str], results: Path, shard: tuple[int, int], *, tables: bool
 ) -> None:
-    """Move all earlier rows of the models, or of this shard, and the tables out of the way.
+    """Rename earlier rows of the models or of this shard, and with `tables` the tables too.
 
-    All at the start: an interrupted run must not leave rows of another one to be resumed.
+    All are renamed at the start, so that an interrupted run leaves no rows of an earlier run to
+    be resumed.
     """
     paths = [certificates_path(results, name, shard) for name in models]
     if tables:
         paths += [certificates_path(results, name) for name in models]
-        paths += [results / f"comparison_{table}.csv" for table in TABLES]
+        paths += [results / f"comparison_{table}.csv" for table in _TABLES]
     for path in dict.fromkeys(paths):
         set_aside(path)
 
 
 def merge_shards(models: Iterable[str], results: str | Path, parts: int) -> dict[str, list[dict]]:
-    """Put together what `parts` processes certified of each model; returns {model: rows}."""
+    """Merge the certificates that `parts` processes made of each model; returns {model: rows}."""
     rows = {}
     for name in models:
         path = certificates_path(results, name)
-        merge(path, [certificates_path(results, name, (k + 1, parts)) for k in range(parts)])
+        merge(path, _shards(results, name, parts))
         rows[name] = read_rows(path)
     return rows
 
 
 def drop_shards(models: Iterable[str], results: str | Path, parts: int) -> None:
-    """Delete the shards that `merge_shards` put together."""
-    for name in models:
-        for k in range(parts):
-            shard = certificates_path(results, name, (k + 1, parts))
-            shard.unlink(missing_ok=True)
-            shard.with_suffix(".json").unlink(missing_ok=True)
+    """Delete the shards that `merge_shards` has merged."""
+    for shard in (path for name in models for path in _shards(results, name, parts)):
+        shard.unlink(missing_ok=True)
+        shard.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _shards(results: str | Path, name: str, parts: int) -> list[Path]:
+    return [certificates_path(results, name, (k + 1, parts)) for k in range(parts)]
 
 
 def certificates_path(results: str | Path, name: str, shard: tuple[int, int] = (1, 1)) -> Path:
@@ -192,10 +178,10 @@ def challenge_models(
     images: int,
     seed: int,
 ) -> None:
-    """Attack the smoothed models inside certified balls and print what became of them.
+    """Attack the smoothed models within their certified radii and print how many fail.
 
     Raises:
-        RuntimeError: if more certificates were broken than their failure odds explain.
+        RuntimeError: if more certificates fail than their alpha explains.
     """
     excessive = []
     for name, rows in certificates.items():
@@ -222,83 +208,46 @@ def report_comparison(
     results: str | Path,
     figures: str | Path,
 ) -> None:
-    """Print the tables, write the attack rows, draw the figures."""
-    _report_attacks(evaluations, facts, Path(results), Path(figures))
+    """Print the tables, write the rows of the attacks and draw the figures.
+
+    Args:
+        evaluations: model -> `attack_evaluation`.
+        certificates: model -> result rows.
+        test: the test set.
+        sigma: standard deviation of the noise, in pixel units.
+        facts: what made the result, for the JSON beside the rows.
+        results: folder of the rows.
+        figures: folder of the figures.
+    """
+    output = Output("comparison", "Comparison", facts, results, figures)
+    tables = {name: found["table"] for name, found in evaluations.items()}
+    print("\n" + attack_comparison(tables))
+    save_attacks(evaluations, output, {})
+    for table in _TABLES:
+        drop_equal_copies(output.rows(f"{table}.csv"))
     radii = [step * sigma / 2 for step in range(7)]
     print("\n" + certificate_lines(certificates, radii))
     print("\n" + population_lines(certificates, radii[2::2]))
-    figures = Path(figures)
-    clean = {name: found["table"][0]["accuracy"] for name, found in evaluations.items()}
+    clean = {name: table[0]["accuracy"] for name, table in tables.items()}
     first = next(iter(certificates.values()))
     setting = f"$\\sigma$ = {sigma:g}, {len(first)} test images, n = {int(first[0]['n']):,}"
-    plot_certified_accuracy(
-        certificates,
-        figures / "comparison_certified_accuracy.png",
-        f"Certified accuracy: {setting}",
-        clean=clean,
-    )
-    plot_p_lower(certificates, figures / "comparison_p_lower.png", f"Lower bounds: {setting}")
-    plot_gallery(
-        *_extremes(certificates, test),
-        path=figures / "comparison_radii.png",
-        title=f"Smallest and largest certified radii of correct predictions, $\\sigma$ = {sigma:g}",
-    )
-
-
-def _report_attacks(
-    evaluations: Mapping[str, Mapping[str, list[dict]]],
-    facts: Mapping,
-    results: Path,
-    figures: Path,
-) -> None:
-    """The part of `report_comparison` that is about attacks."""
-
-    def of_all(part: str) -> dict[str, list[dict]]:
-        return {name: found[part] for name, found in evaluations.items()}
-
-    print("\n" + attack_comparison(of_all("table")))
-    print("\n" + median_lines(of_all("smallest_epsilons")))
-    rows = [row for name, found in evaluations.items() for row in attack_rows(found, model=name)]
-    write_rows(results / "comparison_attacks.csv", rows)
-    warnings = of_all("warnings")
-    write_json(results / "comparison_attacks.json", {**facts, "warnings": warnings})
-    smallest = [
-        {"model": name, **row} for name, rows in of_all("smallest_epsilons").items() for row in rows
-    ]
-    write_rows(results / "comparison_smallest_epsilons.csv", smallest)
-    for table in TABLES:
-        drop_equal_copies(results / f"comparison_{table}.csv")
-    plot_accuracy_against_epsilon(
-        of_all("curve"),
-        figures / "comparison_accuracy_against_epsilon.png",
-        "Accuracy under the worst attack known",
-        warnings=[
-            f"{name}, {text}" for name in warnings for text in short_warnings(warnings[name])
-        ],
-    )
+    path, title = output.figure("certified_accuracy"), f"Certified accuracy: {setting}"
+    plot_certified_accuracy(certificates, path, title, clean=clean)
+    plot_p_lower(certificates, output.figure("p_lower"), f"Lower bounds: {setting}")
+    title = f"Smallest and largest certified radii of correct predictions, $\\sigma$ = {sigma:g}"
+    plot_gallery(*_extremes(certificates, test), output.figure("radii"), title)
 
 
 def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset, show: int = 8):
-    """Images with the smallest and largest certified radius: (rows, row labels)."""
+    """Images with the smallest and the largest certified radii: (rows, row labels)."""
     rows, labels = [], []
     for name, certified in certificates.items():
-        right = sorted(
-            (r for r in certified if int(r["correct"])), key=lambda r: float(r["radius"])
-        )
-        for label, chosen in (
-            (f"{name}\nsmallest", right[:show]),
-            (f"{name}\nlargest", right[-show:]),
-        ):
+        standing = [row for row in certified if int(row["correct"])]
+        standing.sort(key=lambda row: float(row["radius"]))
+        for label, chosen in (("smallest", standing[:show]), ("largest", standing[-show:])):
             images = subset(test, [int(row["index"]) for row in chosen]).tensors[0]
-            rows.append(
-                [
-                    (
-                        image[0].numpy(),
-                        f"{row['prediction']}: r = {round_down(row['radius'], 2)}",
-                        "black",
-                    )
-                    for image, row in zip(images, chosen, strict=True)
-                ]
-            )
-            labels.append(label)
+            captions = [f"{r['prediction']}: r = {round_down(r['radius'], 2)}" for r in chosen]
+            pairs = zip(images, captions, strict=True)
+            rows.append([(image[0].numpy(), caption, "black") for image, caption in pairs])
+            labels.append(f"{name}\n{label}")
     return rows, labels

@@ -1,6 +1,7 @@
-"""What the training scripts report: console tables, result rows and figures."""
+"""What the training scripts report of one model: console tables, result rows and figures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,93 +30,114 @@ from src.training_and_evaluation import accuracy
 from src.utils import spread, spread_indices, subset
 
 
+@dataclass(frozen=True)
+class Output:
+    """Where a report is written, and what it says of the run that it is about.
+
+    `name` begins the file names, `title` heads tables and figures, `facts` (JSON values) say what
+    made the result.
+    """
+
+    name: str
+    title: str
+    facts: Mapping
+    results: str | Path
+    figures: str | Path
+
+    def rows(self, ending: str) -> Path:
+        """The path of a file of result rows, or of its JSON."""
+        return Path(self.results) / f"{self.name}_{ending}"
+
+    def figure(self, ending: str) -> Path:
+        """The path of a figure."""
+        return Path(self.figures) / f"{self.name}_{ending}.png"
+
+
 def figure_title(name: str, words: str, default: str) -> str:
-    """What a run of this `--name` is called: in `words` if it is the default, else its name."""
-    # A pair of dollar signs would be read as mathematics, and seldom be any.
+    """The title of a run: `words` if its name is the `default` one, else the name."""
+    # Matplotlib would read text between two dollar signs as mathematics.
     return words if name == default else name.replace("$", r"\$")
 
 
 def report_attacks(
     model: nn.Module,
     test: TensorDataset,
+    output: Output,
     *,
-    name: str,
-    title: str,
-    figures: str | Path,
-    results: str | Path,
-    facts: Mapping,
-    images: int,
-    curve_images: int,
-    steps: int,
+    quick: bool = False,
     radii: Sequence[tuple[str, float]] = RADII,
-) -> list[dict]:
-    """Attack a model on test images: print the table, write the rows, draw the figures.
+) -> None:
+    """Measure a model on clean and attacked test images: print, write rows, draw figures.
 
     Args:
         model: images -> logits.
         test: the test set.
-        name: of the model, the stem of the files.
-        title: of the model, for people.
-        figures, results: folders.
-        facts: what made the result, for the JSON twin of the rows.
-        images: how many test images the table takes, at equal distances.
-        curve_images: for how many the smallest epsilon is looked for.
-        steps: of PGD in the table; the search takes half as many.
+        output: where the results go.
+        quick: use fewer images and steps, for a smoke run.
         radii: pairs of norm and epsilon in the table.
-
-    Returns:
-        The rows of the table.
     """
-    found = attack_evaluation(
-        model,
-        test,
-        spread_indices(len(test), images),
-        spread_indices(len(test), curve_images),
-        steps=steps,
-        radii=radii,
-    )
-    table, smallest = found["table"], found["smallest_epsilons"]
-    print(f"\n{title} under attack ({table[0]['images']:,} test images)")
-    print(attack_lines(table))
-    print("\n" + median_lines({title: smallest}))
+    images, curve_images, steps = (100, 50, 4) if quick else (1000, 500, 40)
+    clean = accuracy(model, test)
+    print(f"Test accuracy: {clean:.2%} of {len(test):,} images")
+    chosen = [spread_indices(len(test), number) for number in (images, curve_images)]
+    found = attack_evaluation(model, test, *chosen, steps=steps, radii=radii)
+    print(f"\n{output.title} under attack ({found['table'][0]['images']:,} test images)")
+    print(attack_lines(found["table"]))
+    save_attacks({output.title: found}, output, {"test_accuracy": clean})
     print("\n" + warning_lines(found["warnings"]))
-    results, figures = Path(results), Path(figures)
-    write_rows(results / f"{name}_attacks.csv", attack_rows(found))
-    write_json(results / f"{name}_attacks.json", {**facts, "warnings": found["warnings"]})
-    write_rows(results / f"{name}_smallest_epsilons.csv", smallest)
-    plot_accuracy_against_epsilon(
-        {title: found["curve"]},
-        figures / f"{name}_accuracy_against_epsilon.png",
-        f"{title} under attack",
-        warnings=short_warnings(found["warnings"]),
-    )
     plot_gallery(
         *_adversarial_gallery(model, test, steps),
-        path=figures / f"{name}_adversarial_examples.png",
-        title=f"{title}: the same digits, clean and attacked",
+        output.figure("adversarial_examples"),
+        f"{output.title}: the same digits, clean and attacked",
     )
-    return table
+
+
+def save_attacks(
+    evaluations: Mapping[str, Mapping[str, list[dict]]], output: Output, facts: Mapping
+) -> None:
+    """Print the medians of evaluations under attack, write their rows and draw their curves.
+
+    Args:
+        evaluations: model -> `attack_evaluation`. Rows of several models have a column `model`.
+        output: where the results go.
+        facts: further facts for the JSON beside the rows.
+    """
+    several, rows, smallest, short = len(evaluations) > 1, [], [], []
+    for name, found in evaluations.items():
+        column = {"model": name} if several else {}
+        rows += attack_rows(found, **column)
+        smallest += [column | row for row in found["smallest_epsilons"]]
+        prefix = f"{name}, " if several else ""
+        short += [prefix + text for text in short_warnings(found["warnings"])]
+    smallest_by_model = {name: found["smallest_epsilons"] for name, found in evaluations.items()}
+    print("\n" + median_lines(smallest_by_model))
+    write_rows(output.rows("attacks.csv"), rows)
+    warnings = {name: found["warnings"] for name, found in evaluations.items()}
+    facts = {**output.facts, **facts, "warnings": warnings if several else found["warnings"]}
+    write_json(output.rows("attacks.json"), facts)
+    write_rows(output.rows("smallest_epsilons.csv"), smallest)
+    curves = {name: found["curve"] for name, found in evaluations.items()}
+    title = "Accuracy under the worst attack known" if several else f"{output.title} under attack"
+    path = output.figure("accuracy_against_epsilon")
+    plot_accuracy_against_epsilon(curves, path, title, warnings=short)
 
 
 def _adversarial_gallery(model: nn.Module, test: TensorDataset, steps: int):
     """The first test image of each class, clean and attacked: (rows, row labels)."""
-    images, labels = first_of_each_class(test)
     device = next(model.parameters()).device
-    images, labels = images.to(device), labels.to(device)
+    images, labels = (tensor.to(device) for tensor in _first_of_each_class(test))
     pgd = partial(pgd_attack, model, images, labels, steps=steps)
+    single_step = gradient_attack(model, images, labels, 0.2)
     versions = {
         "clean": images,
-        "single step\n$\\ell_\\infty$, $\\epsilon$ = 0.2": gradient_attack(
-            model, images, labels, 0.2
-        ),
+        "single step\n$\\ell_\\infty$, $\\epsilon$ = 0.2": single_step,
         "PGD\n$\\ell_\\infty$, $\\epsilon$ = 0.2": pgd(0.2),
         "PGD\n$\\ell_2$, $\\epsilon$ = 2": pgd(2.0, "l2"),
     }
-    rows = [captioned(model, version, labels) for version in versions.values()]
-    return rows, list(versions)
+    return [_captioned(model, version, labels) for version in versions.values()], list(versions)
 
 
-def first_of_each_class(dataset: TensorDataset) -> tuple[Tensor, Tensor]:
+def _first_of_each_class(dataset: TensorDataset) -> tuple[Tensor, Tensor]:
     """The first image of every class that occurs, and their labels."""
     labels = dataset.tensors[1]
     chosen = [int((labels == label).nonzero()[0]) for label in labels.unique()]
@@ -123,27 +145,22 @@ def first_of_each_class(dataset: TensorDataset) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def captioned(model: nn.Module, images: Tensor, labels: Tensor) -> list[tuple]:
-    """(image (28, 28), "class (confidence)", green if correct, else red) for each image."""
+def _captioned(model: nn.Module, images: Tensor, labels: Tensor) -> list[tuple]:
+    """Per image: pixels (28, 28), "class (confidence)", and green if correct, else red."""
     logits = model(images)
     confidence, prediction = logits.softmax(dim=1).amax(dim=1), predicted(logits)
+    columns = (images.cpu(), prediction.tolist(), confidence.tolist(), labels.tolist())
     return [
         (image[0].numpy(), f"{guess} ({100 * sure:.0f} %)", GREEN if guess == label else RED)
-        for image, guess, sure, label in zip(
-            images.cpu(), prediction.tolist(), confidence.tolist(), labels.tolist(), strict=True
-        )
+        for image, guess, sure, label in zip(*columns, strict=True)
     ]
 
 
 def report_smoothing(
     smooth: SmoothClassifier,
     test: TensorDataset,
+    output: Output,
     *,
-    name: str,
-    title: str,
-    figures: str | Path,
-    results: str | Path,
-    facts: Mapping,
     images: int,
     indices: Sequence[int],
     n: int,
@@ -151,77 +168,76 @@ def report_smoothing(
     seed: int,
     resume: bool = False,
 ) -> None:
-    """Accuracy of a smoothed classifier and its base, and a first set of certificates.
+    """Accuracy of a smoothed classifier and its base, and certificates of test images.
 
     Args:
         smooth: the classifier.
         test: the test set.
-        name, title, figures, results, facts: as for `report_attacks`.
-        images: how many test images the smoothed prediction is made for, at equal distances.
-        indices: the test images that are certified.
-        n, alpha: noisy copies and failure odds of a certificate.
+        output: where the results go.
+        images: number of test images for the accuracy of the smoothed prediction.
+        indices: the test images to certify.
+        n: number of noisy copies that bound the probability of the class.
+        alpha: chance of a false certificate, per image.
         seed: of the noise.
-        resume: go on with the certificates of an interrupted run, see `record_certificates`.
+        resume: keep the certificates of an interrupted run, see `record_certificates`.
     """
-    clean, lines = _accuracy_lines(smooth, test, images, seed)
-    print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
+    title, sigma = output.title, f"$\\sigma$ = {smooth.sigma:g}"
+    clean = _print_accuracies(smooth, test, images, seed, title)
     rows = certify_dataset(
         smooth,
         test,
-        Path(results) / f"{name}_certificates.csv",
+        output.rows("certificates.csv"),
         n=n,
         alpha=alpha,
         seed=seed,
         indices=indices,
         resume=resume,
         two_sided=True,
-        facts={**facts, "clean_accuracy": clean},
+        facts={**output.facts, "clean_accuracy": clean},
     )
-    radii = [step * smooth.sigma / 2 for step in range(6)]
-    print("\n" + certificate_lines({title: rows}, radii))
+    print("\n" + certificate_lines({title: rows}, [step * smooth.sigma / 2 for step in range(6)]))
     plot_certified_accuracy(
         {title: rows},
-        Path(figures) / f"{name}_certified_accuracy.png",
-        f"{title}, $\\sigma$ = {smooth.sigma:g}: {len(rows)} test images, n = {n:,}",
+        output.figure("certified_accuracy"),
+        f"{title}, {sigma}: {len(rows)} test images, n = {n:,}",
         clean={title: clean},
     )
     plot_gallery(
         *_noisy_gallery(smooth, test, seed),
-        path=Path(figures) / f"{name}_noisy_digits.png",
-        title=f"{title}, trained at $\\sigma$ = {smooth.sigma:g}: the same digits under noise",
+        output.figure("noisy_digits"),
+        f"{title}, trained at {sigma}: the same digits under noise",
     )
 
 
-def _accuracy_lines(smooth: SmoothClassifier, test: TensorDataset, images: int, seed: int):
-    """The base's accuracy on clean images, and the table's lines about it and the smoothed one."""
+def _print_accuracies(smooth: SmoothClassifier, test, images: int, seed: int, title: str) -> float:
+    """Print the accuracy of the base and the smoothed classifier; return the base's on `test`."""
     few = spread(test, images)
     predictions = smooth.predict(few.tensors[0], n=1000, seed=seed)
-    hits, abstained = predictions == few.tensors[1], predictions == ABSTAIN
     base = smooth.base_classifier.inference_form(smooth.precision)
     clean = accuracy(base, test)
     noisy = accuracy(SmoothClassifier(base, smooth.sigma), test)
-    return clean, [
+    lines = [
         (f"base, clean images, {smooth.precision}", f"{len(test):,}", percent(clean)),
         (f"base, one noisy draw, {smooth.precision}", f"{len(test):,}", percent(noisy)),
-        ("smoothed (n = 1,000)", f"{len(few):,}", percent(*proportion(hits))),
-        ("abstentions", f"{len(few):,}", percent(*proportion(abstained))),
+        ("smoothed (n = 1,000)", f"{len(few):,}", _share(predictions == few.tensors[1])),
+        ("abstentions", f"{len(few):,}", _share(predictions == ABSTAIN)),
     ]
+    print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
+    return clean
 
 
 def _noisy_gallery(smooth: SmoothClassifier, test: TensorDataset, seed: int):
     """The first test image of each class at several levels of noise: (rows, row labels)."""
-    images, labels = first_of_each_class(test)
+    images, labels = _first_of_each_class(test)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     device = next(smooth.parameters()).device
     levels = (0.0, 0.25, 0.5, 1.0, 1.5)
-    rows = [
-        captioned(smooth.base_classifier, (images + sigma * noise).to(device), labels)
-        for sigma in levels
-    ]
+    noisy = [(images + sigma * noise).to(device) for sigma in levels]
+    rows = [_captioned(smooth.base_classifier, copies, labels) for copies in noisy]
     return rows, [f"$\\sigma$ = {sigma:g}" for sigma in levels]
 
 
-def proportion(hits: Tensor) -> tuple[float, float, float]:
-    """Share of true entries with its 95 % interval."""
-    row = accuracy_row("", "", 0.0, hits)
-    return row["accuracy"], row["low"], row["high"]
+def _share(chosen: Tensor) -> str:
+    """Percentage of true entries, with its 95 % interval."""
+    row = accuracy_row("", "", 0.0, chosen)
+    return percent(row["accuracy"], row["low"], row["high"])

@@ -1,6 +1,6 @@
-"""Figures from rows and arrays (no torch): every function takes data and a path, and writes.
+"""Figures from rows and arrays, without torch: every function takes data and writes one image file.
 
-The object interface of matplotlib is used throughout: no window, no global state.
+All use matplotlib's object interface: no window opens and no global setting changes.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy import special
@@ -17,8 +17,8 @@ from src.certification.bounds import maximum_radius
 from src.certification.intervals import accuracy_interval
 from src.files import whole_file
 
-# Files need no backend, and the name of one that is not installed (a notebook's, inherited by its
-# shell) would end the import of matplotlib: that is put back afterwards.
+# matplotlib does not import if MPLBACKEND names a backend that is not installed, such as that of a
+# notebook whose shell inherits it. Files need no backend, so the name is put back afterwards.
 _BACKEND = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 import matplotlib as mpl  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -29,12 +29,12 @@ if _BACKEND is not None:
     with contextlib.suppress(ValueError):
         mpl.rcParams["backend"] = _BACKEND
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; one for each model or attack.
+# Okabe and Ito's colours, which the colour-blind can tell apart; one per model or attack.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
 ALARM = "#C00000"
 CYCLE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9")
-# Those of published curves: colour, dashes, marker.
-_OTHERS = (
+# Colour, dashes and marker of published curves.
+_PUBLISHED = (
     (GREEN, (0, (1, 1)), "o"),
     ("#CC79A7", (0, (5, 1)), "s"),
     ("black", (0, (3, 1, 1, 1)), "D"),
@@ -42,7 +42,10 @@ _OTHERS = (
     ("#56B4E9", (0, (2, 1)), "v"),
 )
 _SMALL = {"color": GREY, "fontsize": 8}
-# The attack of rows that hold the worst of all attacks (`src.robustness.WORST_KNOWN`; no torch).
+# A note on a horizontal line: its place is a share of the width and a value of the data.
+_AT_HEIGHT = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+# Name of the attack in rows that hold the worst of all attacks. A copy of
+# `src.robustness.fixed_radii.WORST_KNOWN`, whose module needs torch.
 WORST = "worst known"
 _STYLE = {
     "font.size": 10,
@@ -56,19 +59,27 @@ _STYLE = {
 }
 
 
+@contextlib.contextmanager
+def _figure(path: str | os.PathLike, width: float, height: float, **style) -> Iterator[Figure]:
+    """Yield a figure of this size in inches; it is written to `path` at the end of the block."""
+    with mpl.rc_context(_STYLE | style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        _save(figure, path)
+
+
 def plot_training(
     history: Mapping, path: str | os.PathLike, title: str, *, held_out: str = "held out"
 ) -> None:
-    """Loss and accuracy over the updates, with the held-out figures of every epoch.
+    """Loss and accuracy over the updates, and held-out accuracy per epoch.
 
     Args:
         history: what `train_model` returns.
         path: image file to write.
-        title: of the figure.
-        held_out: label of the held-out figures.
+        title: title of the figure.
+        held_out: label of the held-out accuracy.
     """
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
+    with _figure(path, 9, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         updates = np.arange(1, len(history["step_loss"]) + 1)
         per_epoch = len(updates) / len(history["epochs"])
@@ -85,7 +96,6 @@ def plot_training(
         left.legend()
         right.legend()
         figure.suptitle(title)
-        _save(figure, path)
 
 
 def plot_held_out_robustness(
@@ -93,18 +103,14 @@ def plot_held_out_robustness(
 ) -> None:
     """Held-out accuracy per epoch: clean, under the single step and under PGD.
 
-    Epochs in `collapsed` (catastrophic overfitting) are shaded; the epoch kept is marked.
+    The epochs `collapsed` are shaded: there the training overfitted catastrophically, as
+    `collapsed_epochs` finds. A dotted line marks the epoch whose weights were kept.
     """
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    with _figure(path, 6.4, 3.8) as figure:
         axes = figure.subplots()
         epochs = [row["epoch"] for row in history["epochs"]]
-        series = (
-            ("clean", BLUE, "clean"),
-            ("single_step", ORANGE, "single step"),
-            ("pgd", RED, "PGD"),
-        )
-        for key, color, label in series:
+        labels = {"clean": "clean", "single_step": "single step", "pgd": "PGD"}
+        for color, (key, label) in zip((BLUE, ORANGE, RED), labels.items(), strict=True):
             values = [row[key] for row in history["epochs"]]
             axes.plot(epochs, values, "o-", color=color, label=label, ms=4)
         for number, epoch in enumerate(collapsed):
@@ -115,7 +121,6 @@ def plot_held_out_robustness(
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower left")
-        _save(figure, path)
 
 
 def plot_accuracy_against_epsilon(
@@ -125,82 +130,70 @@ def plot_accuracy_against_epsilon(
     *,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Accuracy against the radius of the attack, a panel a norm, with 95 % intervals.
+    """Accuracy against the radius of the attack, one panel per norm, with 95 % intervals.
 
-    Of rows of several attacks the worst known ones are drawn solid, the others dashed where they
-    differ from them.
+    If the rows are of several attacks, the solid curve is the worst known result. The curve of
+    another attack is dashed, and drawn only if it differs.
 
     Args:
-        curves: name of the model -> rows with `norm`, `epsilon`, `correct`, `images` and, if of
-            several attacks, `attack`.
+        curves: name of the model -> rows with `norm`, `epsilon`, `correct` and `images`, and with
+            `attack` if they are of several attacks.
         path: image file to write.
-        title: of the figure.
-        warnings: reasons not to believe it, written in red beneath the panels.
+        title: title of the figure.
+        warnings: reasons to doubt the curves, written in red below the panels.
     """
-    with mpl.rc_context(_STYLE):
-        text = textwrap.fill("warning: " + "; ".join(warnings), 130) if warnings else ""
-        # The panels keep their height, whatever is written beneath them.
-        figure = Figure(figsize=(10, 3.9 + 0.2 * len(text.splitlines())), layout="constrained")
+    text = textwrap.fill("warning: " + "; ".join(warnings), 130) if warnings else ""
+    # The figure grows with the text, so the panels keep their height.
+    with _figure(path, 10, 3.9 + 0.2 * len(text.splitlines())) as figure:
         panels, handles = figure.subplots(1, 2, sharey=True), {}
-        for axes, norm in zip(panels, ("linf", "l2"), strict=True):
+        symbols = {"linf": "$\\ell_\\infty$", "l2": "$\\ell_2$"}
+        for axes, (norm, symbol) in zip(panels, symbols.items(), strict=True):
             for color, (name, rows) in zip(CYCLE, curves.items(), strict=False):
                 worst, others = _by_attack([row for row in rows if row["norm"] == norm])
-                handles |= {name: _plot_proportions(axes, worst, color, name)}
+                handles |= {name: _plot_accuracy(axes, worst, color, name)}
                 for attack, rows_of_attack in others.items():
-                    _plot_alone(axes, rows_of_attack, color)
+                    _plot_accuracy(axes, rows_of_attack, color)
                     dashed = Line2D([], [], color="black", ls="--", lw=1)
                     handles |= {WORST: Line2D([], [], color="black"), attack: dashed}
             axes.axhline(0.1, color=GREY, ls=":", lw=1)
-            at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-            axes.annotate("chance", (1, 0.1), **at, **_SMALL)
-            label = {"linf": "$\\ell_\\infty$", "l2": "$\\ell_2$"}[norm]
-            axes.set(
-                xlabel=f"radius $\\epsilon$ of the attack, {label}", ylim=(0, 1.02), xlim=(0, None)
-            )
+            axes.annotate("chance", (1, 0.1), **_AT_HEIGHT, **_SMALL)
+            axes.set(xlabel=f"radius $\\epsilon$ of the attack, {symbol}")
+            axes.set(ylim=(0, 1.02), xlim=(0, None))
         panels[0].set_ylabel("accuracy")
         # Models first. Below the panels: robust models keep their curves where a legend would be.
         labels = sorted(handles, key=lambda name: name not in curves)
         lines = [handles[name] for name in labels]
         legend = figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
-        # As the title of the legend it moves with it, and can cover nothing.
+        # As the title of the legend, the text moves with it and can cover nothing.
         legend.set_title(text, {"size": 8})
         legend.get_title().set(color=ALARM, multialignment="center")
         figure.suptitle(title)
-        _save(figure, path)
 
 
 def _by_attack(rows: Sequence[Mapping]) -> tuple[list[Mapping], dict[str, list[Mapping]]]:
-    """The rows of the worst known points, or of the only attack, and of attacks that differ."""
+    """Rows of the worst known result, or of the only attack; rows of the attacks that differ."""
     attacks: dict[str, list[Mapping]] = {}
     for row in rows:
         attacks.setdefault(row.get("attack", ""), []).append(row)
     worst = attacks.pop(WORST) if WORST in attacks else attacks.popitem()[1] if attacks else []
-    hits = [row["correct"] for row in worst]
-    return worst, {
-        attack: found
-        for attack, found in attacks.items()
-        if [row["correct"] for row in found] != hits
-    }
+
+    def counts(found: Sequence[Mapping]) -> list:
+        return [row["correct"] for row in found]
+
+    return worst, {name: found for name, found in attacks.items() if counts(found) != counts(worst)}
 
 
-def _columns(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Radii, images still right, and images, of rows that may have been read from a file."""
-    return tuple(
+def _plot_accuracy(axes, rows: Sequence[Mapping], color: str, name: str = "") -> Line2D:
+    """A curve of accuracy over the radii: solid with its interval, or dashed if it has no name."""
+    # Rows that were read from a file hold text.
+    epsilon, standing, images = (
         np.array([float(row[name]) for row in rows]) for name in ("epsilon", "correct", "images")
     )
-
-
-def _plot_proportions(axes, rows: Sequence[Mapping], color: str, label: str) -> Line2D:
-    """A curve of accuracy with its band over the radii of `rows`."""
-    epsilon, hits, images = _columns(rows)
-    (line,) = axes.plot(epsilon, hits / images, "o-", ms=3, label=label, color=color)
-    axes.fill_between(epsilon, *accuracy_interval(hits, images), alpha=0.15, lw=0, color=color)
+    if not name:
+        return axes.plot(epsilon, standing / images, "--", lw=1, color=color, zorder=1.5)[0]
+    (line,) = axes.plot(epsilon, standing / images, "o-", ms=3, color=color, label=name)
+    axes.fill_between(epsilon, *accuracy_interval(standing, images), alpha=0.15, lw=0, color=color)
     return line
-
-
-def _plot_alone(axes, rows: Sequence[Mapping], color: str) -> None:
-    epsilon, hits, images = _columns(rows)
-    axes.plot(epsilon, hits / images, "--", lw=1, color=color, zorder=1.5)
 
 
 def plot_certified_accuracy(
@@ -211,68 +204,55 @@ def plot_certified_accuracy(
     clean: Mapping[str, float] | None = None,
     published: Mapping[str, Mapping[float, float]] | None = None,
 ) -> None:
-    """Certified accuracy against the l2 radius, one step curve a model with its 95 % band.
+    """Certified accuracy against the l2 radius: one step curve per model, with its 95 % interval.
 
-    Where the rows say how they were made, the largest radius that they can give is dotted.
+    A dotted vertical line marks the largest radius that the number of noisy copies allows, for
+    rows that record `sigma`, `n` and `alpha`.
 
     Args:
-        rows_by_model: name -> result rows, made or read from a file, of which `correct` and
-            `radius` are read, and `sigma`, `n` and `alpha` if they are there.
+        rows_by_model: name -> result rows with `correct` and `radius`, computed or read from a
+            file.
         path: image file to write.
-        title: of the figure.
-        clean: name -> accuracy of the base classifier without noise, dotted.
-        published: method -> {radius: certified accuracy} of others, drawn through its points.
+        title: title of the figure.
+        clean: name -> accuracy of the base classifier without noise, a dotted line.
+        published: method -> {radius: certified accuracy} as others published it.
     """
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.8, 4.2), layout="constrained")
-        axes, caps = figure.subplots(), largest_radii(rows_by_model.values())
+    with _figure(path, 6.8, 4.2) as figure:
+        axes, limits = figure.subplots(), largest_radii(rows_by_model.values())
         radii = [float(row["radius"]) for rows in rows_by_model.values() for row in rows]
-        at = np.linspace(0, max(*radii, *caps, 1e-3) * 1.05, 500)
+        grid = np.linspace(0, max(*radii, *limits, 1e-3) * 1.05, 500)
         for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
-            # Sorted radii of the images counted; those that abstain or are wrong never count.
+            # Only correct predictions count; abstentions and wrong ones never do.
             radii = np.sort([float(row["radius"]) for row in rows if int(row["correct"])])
-            hits = len(radii) - np.searchsorted(radii, at, side="left")
-            low, high = accuracy_interval(hits, len(rows))
-            axes.plot(at, hits / len(rows), color=color, label=name)
-            axes.fill_between(at, low, high, color=color, alpha=0.15, lw=0)
+            certified = len(radii) - np.searchsorted(radii, grid, side="left")
+            axes.plot(grid, certified / len(rows), color=color, label=name)
+            interval = accuracy_interval(certified, len(rows))
+            axes.fill_between(grid, *interval, color=color, alpha=0.15, lw=0)
             if name in (clean or {}):
                 axes.axhline(clean[name], color=color, ls=":", lw=1)
         if clean:
-            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-            place |= {"xytext": (0, 3), "textcoords": "offset points"}
+            place = _AT_HEIGHT | {"xytext": (0, 3), "textcoords": "offset points"}
             axes.annotate("clean, no noise", (0.9, max(clean.values())), **place, **_SMALL)
-        _dotted(axes, caps, "largest possible")
-        others = zip(_OTHERS, (published or {}).items(), strict=False)
-        for (color, dashes, marker), (name, curve) in others:
-            axes.plot(
-                *zip(*curve.items(), strict=True),
-                marker=marker,
-                ms=3,
-                lw=1,
-                ls=dashes,
-                color=color,
-                label=name,
-            )
-        # Curves of others that all lie high would be one smear on an axis from zero.
+        _mark_limits(axes, limits, "largest possible")
+        curves = zip(_PUBLISHED, (published or {}).items(), strict=False)
+        for (color, dashes, marker), (name, curve) in curves:
+            look = {"color": color, "ls": dashes, "marker": marker, "ms": 3, "lw": 1}
+            axes.plot(*zip(*curve.items(), strict=True), label=name, **look)
+        # Published curves that all lie high would be one smear on an axis from zero.
         shares = [share for curve in (published or {}).values() for share in curve.values()]
         bottom = max(math.floor(10 * min(shares, default=0) - 0.5) / 10, 0)
-        axes.set(
-            xlabel="certified radius, $\\ell_2$ in pixel units",
-            ylabel="certified accuracy",
-            ylim=(bottom, 1 + (0.06 if clean else 0.02) * (1 - bottom)),
-            xlim=(0, at[-1]),
-            title=title,
-        )
+        top = 1 + (0.06 if clean else 0.02) * (1 - bottom)
+        axes.set(xlabel="certified radius, $\\ell_2$ in pixel units", ylabel="certified accuracy")
+        axes.set(xlim=(0, grid[-1]), ylim=(bottom, top), title=title)
         axes.legend()
-        _save(figure, path)
 
 
 def largest_radii(
     rows_of_models: Iterable[Sequence[Mapping]], *, in_sigmas: bool = False
 ) -> list[float]:
-    """The largest radii that the noise and the votes behind rows allow, each once.
+    """The largest radii that `n` copies can certify, in ascending order, each once.
 
-    Rows that do not say how they were made are passed over; `in_sigmas` gives units of sigma.
+    Rows without `sigma`, `n` or `alpha` are ignored. `in_sigmas` gives radii in units of sigma.
     """
     made = {
         (1.0 if in_sigmas else float(rows[0]["sigma"]), int(rows[0]["n"]), float(rows[0]["alpha"]))
@@ -282,10 +262,11 @@ def largest_radii(
     return sorted({float(maximum_radius(*settings)) for settings in made})
 
 
-def _dotted(axes, at: Sequence[float], label: str) -> None:
-    """Dotted vertical lines with a label along each, on the side where no curve can be."""
-    for x in at:
+def _mark_limits(axes, limits: Sequence[float], label: str) -> None:
+    """A dotted vertical line with a label at each limit."""
+    for x in limits:
         axes.axvline(x, color=GREY, ls=":", lw=1)
+        # To the right, where no curve can be.
         place = {"xycoords": ("data", "axes fraction"), "ha": "left", "rotation": 90}
         axes.annotate(f" {label}", (x, 0.5), va="center", **place, **_SMALL)
 
@@ -293,37 +274,31 @@ def _dotted(axes, at: Sequence[float], label: str) -> None:
 def plot_p_lower(
     rows_by_model: Mapping[str, Sequence[Mapping]], path: str | os.PathLike, title: str
 ) -> None:
-    """Distribution of the lower bound p_A: for each value, the share of images below it.
+    """Distribution of the lower bound p_A: for each value, the share of images at or below it.
 
-    On an axis of radii in units of sigma, Phi^-1(p_A): most values lie between 0.99 and 1, where
-    an axis of p_A would show nothing. Whatever is at or below 1/2 abstains and stands at 0.
+    The axis is Phi^-1(p_A), the radius in units of sigma, because most values of p_A lie between
+    0.99 and 1. Images with p_A of at most 1/2 abstain and are counted at radius 0.
     """
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.8, 4.2), layout="constrained")
-        axes, caps = figure.subplots(), largest_radii(rows_by_model.values(), in_sigmas=True)
+    with _figure(path, 6.8, 4.2) as figure:
+        axes, limits = figure.subplots(), largest_radii(rows_by_model.values(), in_sigmas=True)
         for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
             values = np.sort([float(row["p_lower"]) for row in rows])
             radii = np.maximum(special.ndtri(values), 0)
             share = np.arange(1, len(radii) + 1) / len(radii)
             axes.step(radii, share, where="post", color=color, label=name)
             axes.plot([0], [np.mean(values <= 0.5)], "o", ms=6, color=color, clip_on=False)
-        _dotted(axes, caps, "largest possible")
+        _mark_limits(axes, limits, "largest possible")
         axes.plot([], [], "o", ms=6, color=GREY, label="abstain")
         bounds = [float(row["p_lower"]) for rows in rows_by_model.values() for row in rows]
-        end = max([0.5, *caps, *special.ndtri(bounds)])
-        axes.set(
-            xlabel="certified radius in units of $\\sigma$, $\\Phi^{-1}(p_A)$",
-            ylabel="share of images at or below",
-            xlim=(0, 1.05 * end),
-            ylim=(0, 1.02),
-            title=title,
-        )
+        end = max([0.5, *limits, *special.ndtri(bounds)])
+        axes.set(xlim=(0, 1.05 * end), ylim=(0, 1.02), title=title)
+        axes.set(xlabel="certified radius in units of $\\sigma$, $\\Phi^{-1}(p_A)$")
+        axes.set(ylabel="share of images at or below")
         above = axes.secondary_xaxis("top", functions=(special.ndtr, special.ndtri))
         ticks = [p for p in (0.5, 0.7, 0.9, 0.97, 0.99, 0.999, 0.9999) if special.ndtri(p) <= end]
         above.set_xticks(ticks, [f"{p:g}" for p in ticks])
         above.set_xlabel("lower bound of the probability of the class, $p_A$")
         axes.legend(loc="upper left")
-        _save(figure, path)
 
 
 def plot_gallery(
@@ -332,19 +307,17 @@ def plot_gallery(
     path: str | os.PathLike,
     title: str,
 ) -> None:
-    """A grid of digits, each with a caption and the colour of that caption.
+    """A grid of digits with captions.
 
     Args:
-        rows: rows of (image (28, 28) in [0, 1], caption, colour).
+        rows: rows of (image (28, 28) in [0, 1], caption, colour of the caption).
         row_labels: what each row shows.
         path: image file to write.
-        title: of the figure.
+        title: title of the figure.
     """
-    with mpl.rc_context(_STYLE | {"axes.grid": False}):
-        columns = max([1, *map(len, rows)])
-        figure = Figure(
-            figsize=(1.25 * columns + 1.3, 1.55 * len(rows) + 0.5), layout="constrained"
-        )
+    columns = max([1, *map(len, rows)])
+    size = (1.25 * columns + 1.3, 1.55 * len(rows) + 0.5)
+    with _figure(path, *size, **{"axes.grid": False}) as figure:
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for line, row, label in zip(grid, rows, row_labels, strict=True):
             for axes in line:
@@ -355,7 +328,6 @@ def plot_gallery(
                 axes.set_xlabel(caption, color=color, fontsize=9)
             line[0].set_ylabel(label, rotation=0, ha="right", va="center")
         figure.suptitle(title)
-        _save(figure, path)
 
 
 def plot_how_it_works(
@@ -375,11 +347,11 @@ def plot_how_it_works(
         path: image file to write.
         label: the digit's class.
         image: (28, 28) in [0, 1].
-        attacked: the same, changed until a network errs.
+        attacked: the same image, changed until a network errs.
         readings: class and confidence of that network for `image` and for `attacked`.
-        copies: noisy copies (28, 28), and what another network reads in each.
-        votes: that network's votes for each class.
-        radius: certified radius of the vote, l2 in pixel units.
+        copies: noisy copies (28, 28), each with the class that a second network reads in it.
+        votes: votes of the second network for each class.
+        radius: certified l2 radius of the vote, in pixel units.
     """
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(9, 4.1), dpi=200)
@@ -390,7 +362,7 @@ def plot_how_it_works(
 
 
 def _digit(figure, place, image, caption: str = "", color: str = "black", **options) -> None:
-    """An image at `place` (left, bottom, width in shares of the figure), a caption beneath it."""
+    """Draw an image and its caption at `place`: left, bottom and width as shares of the figure."""
     left, bottom, width = place
     height = width * figure.bbox.width / figure.bbox.height
     axes = figure.add_axes((left, bottom, width, height))
@@ -400,12 +372,12 @@ def _digit(figure, place, image, caption: str = "", color: str = "black", **opti
     axes.set_xlabel(caption, color=color, labelpad=3)
 
 
-def _colored(guess: int, label: int) -> str:
+def _verdict_color(guess: int, label: int) -> str:
     return GREEN if guess == label else ALARM
 
 
 def _words(figure, heading: str, text: str, signs: Mapping[float, str], result: str) -> None:
-    """What one half of the picture says: at its left, between its parts, and at its right."""
+    """Write the words of one half: left of it, signs between its parts, the result at its right."""
     figure.text(0.01, 0.74, heading, fontsize=13, weight="bold", va="bottom")
     figure.text(0.01, 0.68, text, va="top", linespacing=1.4)
     for x, sign in signs.items():
@@ -424,11 +396,11 @@ def _draw_attack(figure, image, attacked, readings, label: int) -> None:
         {0.395: "+", 0.605: "="},
         f"a change of\n$\\ell_2$ length {length:.2f}\nis enough",
     )
-    color, caption = _colored(before, label), f"reads {before}, {sure:.1%} sure"
+    color, caption = _verdict_color(before, label), f"reads {before}, {sure:.1%} sure"
     _digit(figure, (0.215, 0.2, 0.155), image, caption, color)
     signed = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     _digit(figure, (0.42, 0.2, 0.155), change, f"change, {1 / limit:.0f} times as strong", **signed)
-    color, caption = _colored(after, label), f"reads {after}, {fooled:.1%} sure"
+    color, caption = _verdict_color(after, label), f"reads {after}, {fooled:.1%} sure"
     _digit(figure, (0.635, 0.2, 0.155), attacked, caption, color)
 
 
@@ -445,18 +417,19 @@ def _draw_vote(figure, image, copies, votes, radius: float, label: int) -> None:
     norm = "$\\ell_2$: root of the summed squares of the pixels' changes, black to white 1"
     figure.text(0.01, 0.03, norm, **_SMALL)
     _digit(figure, (0.215, 0.2, 0.155), image, "the same digit")
-    for number, (copy, guess) in enumerate(copies):
-        row, column = divmod(number, 4)
+    for position, (copy, guess) in enumerate(copies):
+        row, column = divmod(position, 4)
         place = (0.42 + 0.0635 * column, 0.62 - 0.44 * row, 0.059)
-        _digit(figure, place, copy, str(guess), _colored(guess, label))
-    axes, most = figure.add_axes((0.7, 0.2, 0.07, 0.7)), np.argsort(votes)[::-1]
-    shown = [one for one in most[:4] if votes[one]]
-    axes.bar(range(len(shown)), [votes[one] for one in shown])
-    for at, one in enumerate(shown):
-        axes.patches[at].set_color(_colored(one, label))
-        axes.annotate(f"{votes[one]:,}", (at, votes[one]), ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(shown)), [str(one) for one in shown])
-    axes.set(yticks=[], xlabel="votes", xlim=(-0.7, len(shown) - 0.3))
+        _digit(figure, place, copy, str(guess), _verdict_color(guess, label))
+    axes = figure.add_axes((0.7, 0.2, 0.07, 0.7))
+    classes = [guess for guess in np.argsort(votes)[:-5:-1] if votes[guess]]
+    colors = [_verdict_color(guess, label) for guess in classes]
+    bars = axes.bar(range(len(classes)), [votes[guess] for guess in classes])
+    for bar, color in zip(bars, colors, strict=True):
+        bar.set_color(color)
+    axes.bar_label(bars, [f"{votes[guess]:,}" for guess in classes], fontsize=8)
+    axes.set_xticks(range(len(classes)), [str(guess) for guess in classes])
+    axes.set(yticks=[], xlabel="votes", xlim=(-0.7, len(classes) - 0.3))
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
