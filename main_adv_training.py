@@ -54,10 +54,12 @@ def main(argv=None):
     device = get_device(args.device)
     seed_everything(args.seed)
     *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
+    # Everything that may be refused comes before earlier rows are moved.
+    model = ConvNN(args.channels, args.hidden, thresholds=args.thresholds).to(device)
     with reserved(args, "attacks", "smallest_epsilons"):
         # Before the training: the commit may change while it runs.
         facts = provenance(Path(__file__).stem, args, argv)
-        model, history = train(*training, args, device)
+        history = train(model, *training, args)
         if is_main():
             facts |= {"seconds": history["epochs"][-1]["seconds"]}
             save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
@@ -70,14 +72,13 @@ def main(argv=None):
             print(f"Figures in {args.figures}/, rows in {args.results}/, model in {args.models}/")
 
 
-def train(images, held_out, args, device):
-    """The network trained as the options say, and the history of its training."""
+def train(model, images, held_out, args):
+    """Train the network as the options say; returns the history of its training."""
     print(
-        f"Adversarial training of ConvNN {args.channels} on {len(images):,} images, {device}: "
+        f"Adversarial training of ConvNN {args.channels} on {len(images):,} images: "
         f"{args.attack} attack, {args.norm}, epsilon = {args.epsilon:g}"
     )
-    model = ConvNN(args.channels, args.hidden, thresholds=args.thresholds).to(device)
-    history = train_model(
+    return train_model(
         model,
         images,
         loss_schedule=loss_schedule(args),
@@ -85,7 +86,6 @@ def train(images, held_out, args, device):
         select="pgd",
         **training_arguments(args),
     )
-    return model, history
 
 
 def loss_schedule(args):

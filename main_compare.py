@@ -13,7 +13,7 @@ from src.certification import minimum_successes
 from src.command_line import count, number, parse, run, script_parser, share, when_interrupted
 from src.engine.forms import common_precision
 from src.engine.parts import PRECISIONS
-from src.files import lock_file
+from src.files import check_target, lock_file
 from src.optimisation.processes import is_main, process_count, rank, restarted, wait_for_all
 from src.provenance import provenance
 from src.reports.comparison import (
@@ -50,8 +50,9 @@ def main(argv=None):
     name = "comparison" if reports else "comparison-{}-of-{}".format(*shard)
     results.mkdir(parents=True, exist_ok=True)
     with lock_file(results / name):
-        if not resume:
-            set_targets_aside(models, results, shard, tables=reports)
+        if reports:
+            check_target(Path(args.figures) / "comparison_accuracy_against_epsilon.png")
+        set_targets_aside(models, results, shard, tables=reports, resume=resume)
         with when_interrupted("Finished rows are kept; go on with --resume."):
             certificates = certify_models(
                 models,

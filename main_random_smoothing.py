@@ -50,15 +50,18 @@ def main(argv=None):
     *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
     path = Path(args.models) / f"{args.name}.pt"
     resume = from_main(lambda: args.resume and path.exists())
+    # Everything that may be refused comes before earlier rows are moved.
+    smooth = trained(path, args, device) if resume else untrained(args, device)
+    loss_schedule(args)
     with reserved(args, "certificates", resume=resume):
         facts = provenance(Path(__file__).stem, args, argv) | {"sigma": args.sigma}
         if resume:
-            smooth = trained(path, args, device)
             made = smooth.base_classifier.facts
-            facts |= {"seconds": made["seconds"], "trained": [made["command"], made["commit"]]}
+            trained_by = [made.get("command"), made.get("commit")]
+            facts |= {"seconds": made.get("seconds"), "trained": trained_by}
             print(f"Using {path}, which is not trained again")
         else:
-            smooth, history = train(*training, args, device)
+            history = train(smooth, *training, args)
             facts |= {"seconds": history["epochs"][-1]["seconds"]}
         if is_main():
             title = figure_title(args.name, TITLE, NAME)
@@ -103,33 +106,42 @@ def trained(path, args, device):
     )
 
 
-def train(images, held_out, args, device):
-    """The smoothed classifier trained as the options say, and the history of its training."""
-    print(
-        f"Training of ConvNN {args.channels} under noise of sigma = {args.sigma:g}, "
-        f"{args.method}, on {len(images):,} images, {device}"
-    )
+def untrained(args, device):
+    """The smoothed classifier before its training."""
     network = ConvNN(args.channels, args.hidden)
     precision = args.precision or args.training_precision
     smooth = SmoothClassifier(network, args.sigma, precision=precision).to(device)
     # Refuse a precision that the device lacks before the training, not after it.
     network.inference_form(precision)
-    history = train_model(
+    return smooth
+
+
+def loss_schedule(args):
+    """The loss as a function of the progress of the training, as the options say."""
+    return smoothing_loss_schedule(
+        args.method,
+        attack_draws=args.attack_draws,
+        epsilon=args.epsilon,
+        consistency=args.consistency,
+        confidence=args.confidence,
+    )
+
+
+def train(smooth, images, held_out, args):
+    """Train the base classifier as the options say; returns the history of its training."""
+    print(
+        f"Training of ConvNN {args.channels} under noise of sigma = {args.sigma:g}, "
+        f"{args.method}, on {len(images):,} images"
+    )
+    return train_model(
         smooth,
         images,
-        loss_schedule=smoothing_loss_schedule(
-            args.method,
-            attack_draws=args.attack_draws,
-            epsilon=args.epsilon,
-            consistency=args.consistency,
-            confidence=args.confidence,
-        ),
+        loss_schedule=loss_schedule(args),
         recorded=True,
         # On one noisy draw per image.
         watch=lambda model: {"clean": accuracy(model, held_out)},
         **training_arguments(args),
     )
-    return smooth, history
 
 
 def option_parser():

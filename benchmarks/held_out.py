@@ -41,7 +41,8 @@ def main(argv=None):
     device = get_device(args.device)
     seed_everything(args.seed)
     train, held_out, _ = load_training_data(args.data, args.held_out, quick=args.quick)
-    smooth, history = main_random_smoothing.train(train, held_out, args, device)
+    smooth = main_random_smoothing.untrained(args, device)
+    history = main_random_smoothing.train(smooth, train, held_out, args)
     seconds = history["epochs"][-1]["seconds"]
     few = spread(held_out, args.images)
     radii = protocol_radii(smooth, *few.tensors, args.n, args.seed)

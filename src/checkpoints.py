@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from src.checks import NORMS
 from src.engine.untouched import alteration
 from src.files import whole_file
 from src.models import ConvNN
@@ -121,7 +122,14 @@ def _wrong_fact(facts: dict) -> str:
         # A NaN fails both comparisons, and a whole number may be larger than any float.
         if not valid or (least is not None and not least <= value <= sys.float_info.max):
             return name
-    return ""
+    options = facts.get("options", {})
+    ball = {key: options[key] for key in ("norm", "epsilon") if options.get(key) is not None}
+    if "norm" in ball and ball["norm"] not in NORMS:
+        return "norm"
+    # Beyond 28 in l2 every image lies in the ball.
+    epsilon = ball.get("epsilon", 1)
+    number = isinstance(epsilon, int | float) and not isinstance(epsilon, bool)
+    return "" if number and 0 < epsilon <= 28 else "epsilon"
 
 
 def _layout(weights: dict[str, Tensor]) -> dict:

@@ -67,6 +67,10 @@ def parse(parser: Parser, argv: Sequence[str] | None, **quick) -> argparse.Names
     return args
 
 
+# The endings of all rows that a script writes of one model.
+_TABLES = ("attacks", "smallest_epsilons", "certificates")
+
+
 @contextmanager
 def reserved(args: argparse.Namespace, *tables: str, resume: bool = False) -> Iterator[None]:
     """Reserve the name of a training run, from before the training until all is written.
@@ -88,11 +92,14 @@ def reserved(args: argparse.Namespace, *tables: str, resume: bool = False) -> It
     model = Path(args.models) / f"{args.name}.pt"
     rows = [Path(args.results) / f"{args.name}_{table}.csv" for table in tables]
     longest = Path(args.figures) / f"{args.name}_accuracy_against_epsilon.png"
-    for path in (model, *rows, longest):
+    for path in (model, *rows, *(path.with_suffix(".json") for path in rows), longest):
         check_target(path)
+    # Those of another script too: they are of the model that this run replaces.
+    every = [Path(args.results) / f"{args.name}_{table}.csv" for table in _TABLES]
     with lock_file(model), lock_file(Path(args.results) / args.name):
-        for path in () if resume else rows:
-            set_aside(path)
+        for path in every:
+            if not (resume and path in rows):
+                set_aside(path)
         yield
         for path in rows:
             drop_equal_copies(path)
@@ -207,6 +214,8 @@ def stem(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no beginning of a file name; use letters, digits, '_', '-' and '.'"
         )
+    if text == "comparison":
+        raise argparse.ArgumentTypeError("'comparison' is what main_compare.py calls its files")
     return text
 
 

@@ -26,9 +26,9 @@ WIDEST_LAYER = 2**20
 class ConvNN(nn.Module):
     """Two 5x5 convolutions with batch normalisation, then a fully connected output.
 
-    Each convolution has stride 2 (28 -> 14 -> 7 pixels); pooling was less accurate at equal training
-    time (`benchmarks/architectures.py`). Pixels go in as they are: the first batch normalisation
-    does the work of an input normalisation.
+    Each convolution has stride 2 (28 -> 14 -> 7 pixels); pooling was less accurate in the same
+    training time (`benchmarks/architectures.py`). Pixels go in as they are: the first batch
+    normalisation does the work of an input normalisation.
 
     Args:
         channels: widths of the two convolutions.

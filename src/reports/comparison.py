@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 from src.checkpoints import load_checkpoint
-from src.files import drop_equal_copies, set_aside
+from src.files import check_target, drop_equal_copies, set_aside
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import is_main
 from src.records.certify import certify_dataset
@@ -126,18 +126,28 @@ def certify_models(
 
 
 def set_targets_aside(
-    models: Iterable[str], results: Path, shard: tuple[int, int], *, tables: bool
+    models: Iterable[str],
+    results: Path,
+    shard: tuple[int, int],
+    *,
+    tables: bool,
+    resume: bool = False,
 ) -> None:
     """Rename earlier rows of the models or of this shard, and with `tables` the tables too.
 
     All are renamed at the start, so that an interrupted run leaves no rows of an earlier run to
-    be resumed.
+    be resumed. With `resume` the certificates stay; the tables are always made anew.
+
+    Raises:
+        OSError: if a file cannot be written.
     """
-    paths = [certificates_path(results, name, shard) for name in models]
-    if tables:
-        paths += [certificates_path(results, name) for name in models]
-        paths += [results / f"comparison_{table}.csv" for table in _TABLES]
-    for path in dict.fromkeys(paths):
+    rows = [certificates_path(results, name, shard) for name in models]
+    rows += [certificates_path(results, name) for name in models] if tables else []
+    made_anew = [results / f"comparison_{table}.csv" for table in _TABLES] if tables else []
+    for path in (*rows, *made_anew):
+        check_target(path)
+        check_target(path.with_suffix(".json"))
+    for path in dict.fromkeys([*([] if resume else rows), *made_anew]):
         set_aside(path)
 
 
