@@ -34,11 +34,9 @@ def test_polled_images_are_spread_over_the_held_out_ones(monkeypatch, size, opti
         return np.zeros(len(labels))
 
     monkeypatch.setattr(held_out, "load_training_data", lambda *args, **_: (data, data, data))
-    monkeypatch.setattr(
-        held_out.main_random_smoothing,
-        "train",
-        lambda *args: (SimpleNamespace(sigma=1.0), {"epochs": [{"seconds": 1.0}]}),
-    )
+    script = held_out.main_random_smoothing
+    monkeypatch.setattr(script, "untrained", lambda *args: SimpleNamespace(sigma=1.0))
+    monkeypatch.setattr(script, "train", lambda *args: {"epochs": [{"seconds": 1.0}]})
     monkeypatch.setattr(held_out, "protocol_radii", radii)
     held_out.main([*options, "--device", "cpu"])
     assert polled == spread_indices(size, size // 5)
