@@ -85,7 +85,7 @@ def test_published_curves_pass_through_their_points(monkeypatch):
 
 def test_published_methods_can_be_told_apart(monkeypatch):
     figures = []
-    monkeypatch.setattr("src.plotting._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("src.reports.plotting._save", lambda figure, path: figures.append(figure))
     names = ["A", "B", "C", "D", "E"]
     theirs = {name: {0.0: 0.9, 0.2: 0.5} for name in names}
     plot_certified_accuracy({"here": rows()}, "unused.png", published=theirs)
