@@ -9,15 +9,19 @@ Run: python -m benchmarks.teaser
 """
 
 import argparse
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from src.attacks import pgd_attack
 from src.certification import certified_radius, lower_confidence_bound
 from src.checkpoints import load_checkpoint
 from src.command_line import run
-from src.reports.plotting import plot_how_it_works
+from src.reports.plotting import ALARM, GREEN, SMALL, drawing
+from src.reports.tables import round_down
 from src.utils import load_mnist
 
 REFERENCE = Path("reference")
@@ -65,6 +69,108 @@ def reading(model, image) -> tuple[int, float]:
     """The class that is read in one image, and its probability by the softmax."""
     probability, guess = model(image).softmax(dim=1).max(dim=1)
     return int(guess), float(probability)
+
+
+def plot_how_it_works(
+    path: str | os.PathLike,
+    *,
+    label: int,
+    image: np.ndarray,
+    attacked: np.ndarray,
+    readings: Sequence[tuple[int, float]],
+    copies: Sequence[tuple[np.ndarray, int]],
+    votes: Sequence[int],
+    radius: float,
+) -> None:
+    """One digit under attack, and the same digit under the vote of noisy copies.
+
+    Args:
+        path: image file to write.
+        label: the digit's class.
+        image: (28, 28) in [0, 1].
+        attacked: the same image, changed until a network errs.
+        readings: class and confidence of that network for `image` and for `attacked`.
+        copies: noisy copies (28, 28), each with the class that a second network reads in it.
+        votes: votes of the second network for each class.
+        radius: certified l2 radius of the vote, in pixel units.
+    """
+    style = {"axes.grid": False, "figure.dpi": 200}
+    with drawing(path, 9, 4.1, layout=None, **style) as figure:
+        above, below = figure.subfigures(2, 1)
+        _draw_attack(above, image, attacked, readings, label)
+        _draw_vote(below, image, copies, votes, radius, label)
+
+
+def _digit(figure, place, image, caption: str = "", color: str = "black", **options) -> None:
+    """Draw an image and its caption at `place`: left, bottom and width as shares of the figure."""
+    left, bottom, width = place
+    height = width * figure.bbox.width / figure.bbox.height
+    axes = figure.add_axes((left, bottom, width, height))
+    axes.imshow(image, **{"cmap": "gray_r", "vmin": 0, "vmax": 1} | options)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#D0D0D0")
+    axes.set_xlabel(caption, color=color, labelpad=3)
+
+
+def _verdict_color(guess: int, label: int) -> str:
+    return GREEN if guess == label else ALARM
+
+
+def _words(figure, heading: str, text: str, signs: Mapping[float, str], result: str) -> None:
+    """Write the words of one half: left of it, signs between its parts, the result at its right."""
+    figure.text(0.01, 0.74, heading, fontsize=13, weight="bold", va="bottom")
+    figure.text(0.01, 0.68, text, va="top", linespacing=1.4)
+    for x, sign in signs.items():
+        figure.text(x, 0.56, sign, fontsize=18, ha="center", va="center")
+    figure.text(0.832, 0.56, result, va="center", linespacing=1.4)
+
+
+def _draw_attack(figure, image, attacked, readings, label: int) -> None:
+    change = attacked - image
+    limit, length = np.abs(change).max(), np.linalg.norm(change)
+    (before, sure), (after, fooled) = readings
+    _words(
+        figure,
+        "Attack",
+        "A small change,\nmade for a network,\nmisleads it.",
+        {0.395: "+", 0.605: "="},
+        f"a change of\n$\\ell_2$ length {length:.2f}\nis enough",
+    )
+    color, caption = _verdict_color(before, label), f"reads {before}, {sure:.1%} sure"
+    _digit(figure, (0.215, 0.2, 0.155), image, caption, color)
+    signed = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    _digit(figure, (0.42, 0.2, 0.155), change, f"change, {1 / limit:.0f} times as strong", **signed)
+    color, caption = _verdict_color(after, label), f"reads {after}, {fooled:.1%} sure"
+    _digit(figure, (0.635, 0.2, 0.155), attacked, caption, color)
+
+
+def _draw_vote(figure, image, copies, votes, radius: float, label: int) -> None:
+    _words(
+        figure,
+        "Smoothing",
+        f"{sum(votes):,} noisy copies\nvote, and the vote\nproves a radius.",
+        {0.395: r"$\rightarrow$", 0.8: r"$\rightarrow$"},
+        f"every image within\n$\\ell_2$ distance {round_down(radius, 2)}\nis read as {label},\n"
+        "whatever the attack",
+    )
+    norm = "$\\ell_2$: root of the summed squares of the pixels' changes, black to white 1"
+    figure.text(0.01, 0.03, norm, **SMALL)
+    _digit(figure, (0.215, 0.2, 0.155), image, "the same digit")
+    for position, (copy, guess) in enumerate(copies):
+        row, column = divmod(position, 4)
+        place = (0.42 + 0.0635 * column, 0.62 - 0.44 * row, 0.059)
+        _digit(figure, place, copy, str(guess), _verdict_color(guess, label))
+    axes = figure.add_axes((0.7, 0.2, 0.07, 0.7))
+    classes = [guess for guess in np.argsort(votes)[:-5:-1] if votes[guess]]
+    colors = [_verdict_color(guess, label) for guess in classes]
+    bars = axes.bar(range(len(classes)), [votes[guess] for guess in classes])
+    for bar, color in zip(bars, colors, strict=True):
+        bar.set_color(color)
+    axes.bar_label(bars, [f"{votes[guess]:,}" for guess in classes], fontsize=8)
+    axes.set_xticks(range(len(classes)), [str(guess) for guess in classes])
+    axes.set(yticks=[], xlabel="votes", xlim=(-0.7, len(classes) - 0.3))
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
 
 
 if __name__ == "__main__":

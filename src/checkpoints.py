@@ -1,4 +1,4 @@
-"""Trained networks on disk: weights, the arguments that rebuild them, and how they came about."""
+"""Trained networks on disk: weights, the arguments that rebuild the network, and its training."""
 
 import hashlib
 import io
@@ -17,26 +17,27 @@ from src.engine.untouched import alteration
 from src.files import whole_file
 from src.models import ConvNN
 
-# What scripts rely on in the facts: their types, and the least of those that are numbers.
+# The facts that scripts rely on: their types, and the least value of numbers.
 _TYPES = {"options": dict, "versions": dict, "command": str, "commit": str, "device": str}
-_TYPES |= {"sigma": int | float, "epsilon": int | float, "seconds": int | float}
-_TYPES |= {"seed": int, "threads": int}
+_TYPES |= dict.fromkeys(("sigma", "epsilon", "seconds"), int | float) | {
+    "seed": int,
+    "threads": int,
+}
 _LEAST = {"sigma": math.ulp(0.0), "epsilon": 0, "seconds": 0, "seed": 0, "threads": 0}
-
 _FORMAT = "ConvNN checkpoint 2"
 
 
 def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
-    """Write the weights with the arguments of the network, a digest, and `facts`; return `path`.
+    """Write the weights, the arguments of the network, `facts` and a digest; return `path`.
 
     Args:
         path: file to write, whole or not at all.
-        model: the network; its weights are stored from the CPU.
-        facts: numbers, strings, and lists and dictionaries of them: seed, sigma, options.
+        model: the network.
+        facts: how it was trained (seed, sigma, options, ...), JSON values.
 
     Raises:
-        ValueError: if `model` is not a ConvNN as it is made, which is all that can be kept, and for
-            a fact of another kind than its name says.
+        ValueError: if `model` is not a ConvNN or was altered after it was made, or if a fact has
+            another type than its name demands.
         TypeError: if `facts` cannot be written as JSON.
         OSError: if the file cannot be written.
     """
@@ -45,21 +46,16 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
     if reason := _lost(model):
         raise ValueError(f"'model' cannot be kept in a checkpoint: {reason}; save a plain ConvNN.")
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    # Through JSON, so that plain values are left, which a safe reader accepts.
+    # Through JSON, which leaves the plain values that a safe reader accepts.
     facts = json.loads(json.dumps(facts))
     if wrong := _wrong_fact(facts):
         raise ValueError(
-            f"The fact '{wrong}' has a value of another kind; load_checkpoint refuses it."
+            f"The fact '{wrong}' has a value of a wrong kind, which no reader accepts."
         )
-    content = {
-        "format": _FORMAT,
-        "config": model.config,
-        "facts": facts,
-        "digest": _digest(model.config, facts, weights),
-        "weights": weights,
-    }
-    # In memory first: torch would store the name of the temporary file, and its own words for a
-    # full disk say nothing.
+    content = {"format": _FORMAT, "config": model.config, "facts": facts}
+    content |= {"digest": _digest(model.config, facts, weights), "weights": weights}
+    # In memory first: torch would store the name of the temporary file, and does not say that the
+    # disk is full.
     stored = io.BytesIO()
     torch.save(content, stored)
     with whole_file(path) as temporary:
@@ -68,10 +64,10 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
 
 
 def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> ConvNN:
-    """The network of a checkpoint, in evaluation mode, its facts in `model.facts`.
+    """The network of a checkpoint, in evaluation mode, with its facts as `model.facts`.
 
-    Only tensors and plain values are read (`weights_only=True`): no code of a foreign file
-    runs. Weights, config and facts must match the digest stored with them.
+    Reads only tensors and plain values (`weights_only=True`), so no code in the file runs.
+    Weights, config and facts must match the stored digest.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -82,12 +78,12 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     try:
         intact = content["digest"] == _digest(*(content[k] for k in ("config", "facts", "weights")))
     except (TypeError, ValueError, RuntimeError):
-        # Values that cannot be written as JSON, or tensors without plain bytes (sparse, meta).
+        # Values that are no JSON, or tensors without plain bytes (sparse, meta).
         intact = False
     if not intact:
         raise ValueError(f"{path} is damaged: its content does not match its digest.")
     try:
-        # First without memory, of which an absurd description may ask for too much.
+        # First without memory: an absurd description may ask for too much of it.
         with torch.device("meta"):
             described = ConvNN(**content["config"]).state_dict()
         if _layout(described) != _layout(content["weights"]):
@@ -105,7 +101,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
 
 
 def _lost(model: ConvNN) -> str:
-    """What of a network a checkpoint would lose, in words; "" for nothing."""
+    """What a checkpoint would lose of the network, in words; "" if nothing."""
     if type(model) is not ConvNN:
         return f"it is a {type(model).__name__}"
     if reason := alteration(model):
@@ -115,11 +111,11 @@ def _lost(model: ConvNN) -> str:
 
 
 def _wrong_fact(facts: dict) -> str:
-    """The name of a fact whose value is of another kind than it should be; "" if there is none."""
+    """The name of a fact with a value of the wrong kind; "" if there is none."""
     for name in filter(facts.__contains__, _TYPES):
         value, least = facts[name], _LEAST.get(name)
         valid = isinstance(value, _TYPES[name]) and not isinstance(value, bool)
-        # A NaN fails both comparisons, and a whole number may be larger than any float.
+        # NaN fails both comparisons. An integer may be larger than any float.
         if not valid or (least is not None and not least <= value <= sys.float_info.max):
             return name
     options = facts.get("options", {})
@@ -137,7 +133,7 @@ def _layout(weights: dict[str, Tensor]) -> dict:
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a state dictionary."""
+    """SHA-256 of the names, types, shapes and bytes of a state dictionary."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -147,13 +143,13 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
 
 
 def _digest(config: dict, facts: dict, weights: dict[str, Tensor]) -> str:
-    """SHA-256 over all that a checkpoint holds: a file whose sigma is altered misleads as well."""
+    """SHA-256 of all that a checkpoint holds, the facts included: a wrong sigma misleads too."""
     described = json.dumps([_FORMAT, config, facts]) + weights_digest(weights)
     return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _read(path: Path) -> dict:
-    """The content of a checkpoint file, its structure checked."""
+    """The content of a checkpoint file, with its structure checked."""
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     if path.is_dir():
@@ -163,7 +159,7 @@ def _read(path: Path) -> dict:
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(stored, map_location="cpu", weights_only=True)
     except Exception:
-        # The reader raises half a dozen types, and its messages suggest to load unsafely.
+        # torch raises half a dozen types of error and suggests to load the file unsafely.
         raise ValueError(
             f"{path} is not a checkpoint that can be read safely: it is empty, cut short, "
             "altered or of another kind; train the model again."

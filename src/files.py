@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all (no torch)."""
+"""Files that are written whole or not at all, locks, and earlier rows set aside (no torch)."""
 
 import contextlib
 import errno
@@ -10,18 +10,17 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-# A temporary file that is older than this process belongs to another one.
+# A temporary file older than this process belongs to another process.
 _STARTED = time.time()
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write to; it becomes `path` only if the block succeeds.
+    """Yield a temporary path to write to, which is renamed to `path` if the block succeeds.
 
-    The temporary file lies in the same folder and keeps the ending of `path`, so that writers
-    which choose a format by it (matplotlib, numpy) work. A reader sees the old file or the new
-    one, never a part: the rename is atomic. It is locked while it is written; those that a killed
-    process left behind are removed by the next writer of the same file.
+    A reader sees the old file or the new one, never a part. The temporary file keeps the ending
+    of `path`, by which matplotlib and numpy choose a format. It is locked while it is written; the
+    next writer of `path` removes those that killed processes left.
 
     Args:
         path: file to write.
@@ -36,12 +35,12 @@ def whole_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     temporary = Path(name)
     try:
-        if os.name != "nt":  # There a lock keeps the writer out as well.
+        if os.name != "nt":  # On Windows a lock would keep the writer out too.
             take_lock(handle)
         yield temporary
         if durable:
             os.fsync(handle)
-        # mkstemp makes the file private; a result should be as readable as any other file.
+        # mkstemp makes the file private; give it the permissions of any other new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -56,7 +55,7 @@ def whole_file(path: str | os.PathLike, *, durable: bool = True) -> Iterator[Pat
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Delete temporary files of `path` that are older than this process and that nobody holds."""
+    """Delete temporary files of `path` that are older than this process and not locked."""
     for leftover in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
         with contextlib.suppress(OSError), leftover.open("rb") as handle:
             if leftover.stat().st_mtime < _STARTED and take_lock(handle.fileno()):
@@ -95,14 +94,14 @@ def check_target(path: str | os.PathLike) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename earlier rows, if any, and their twin to the first free X.previous-K, and say so."""
+    """Rename earlier rows, if any, and their twin to X.previous-K with the first free number K."""
     if not path.exists() or path.read_bytes().count(b"\n") < 2:
         return
     number = 1
     while (kept := path.with_name(f"{path.stem}.previous-{number}.csv")).exists():
         number += 1
     twin = path.with_suffix(".json")
-    # The twin first: if the run dies here, the next one finds the rows and the same free number.
+    # The twin first: if the run dies here, the next one chooses the same number for the rows.
     if twin.exists():
         twin.replace(kept.with_suffix(".json"))
     path.replace(kept)
@@ -113,7 +112,7 @@ def drop_equal_copies(path: Path) -> None:
     """Delete rows set aside that are the same as the new ones: the same command ran again."""
     for kept in path.parent.glob(f"{path.stem}.previous-*.csv"):
         if kept.read_bytes() == path.read_bytes():
-            # The rows last, by which the next run finds what is left.
+            # The rows last: if the run dies here, the next one finds them.
             kept.with_suffix(".json").unlink(missing_ok=True)
             kept.unlink()
 
@@ -130,21 +129,16 @@ def lock_file(path: str | os.PathLike) -> Iterator[None]:
     path = Path(path)
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("a") as handle:
-        # The holder deletes the file when it is done, so the one that was opened may be gone.
-        held = take_lock(handle.fileno()) and _is_same_file(lock, handle.fileno())
-        if not held:
+        # A former holder may have deleted the file between our opening it and our locking it.
+        held = take_lock(handle.fileno()) and lock.exists()
+        if not (held and os.path.samestat(lock.stat(), os.fstat(handle.fileno()))):
             raise BlockingIOError(f"Another process is writing {path}; wait for it or stop it.")
         try:
             yield
         finally:
-            # Windows keeps open files; there it stays, which does no harm.
+            # Windows cannot delete an open file; there it stays, which does no harm.
             with contextlib.suppress(PermissionError):
                 lock.unlink(missing_ok=True)
-
-
-def _is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether `path` still is the open file."""
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
 def take_lock(descriptor: int) -> bool:

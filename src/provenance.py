@@ -17,10 +17,9 @@ from src.utils import get_device
 
 
 def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
-    """What made a result: command, options, commit, versions, device and threads."""
+    """What made a result, as JSON values; the command can be pasted."""
     words = sys.argv[1:] if argv is None else argv
-    # What is trained depends on the number of processes: each has noise and batch statistics of
-    # its own.
+    # Each process draws its own noise and has its own batch statistics, so their number matters.
     several = f"torchrun --nproc-per-node={process_count()} --"
     start = several if process_count() > 1 else "python"
     return {
@@ -37,13 +36,13 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
 
 
 _ROOT = Path(__file__).resolve().parent.parent
-# What results depend on, new files too; not the results themselves, which runs write.
+# Results depend on these files, new ones included.
 _CODE = ("*.py", "*.c", "*.h", "requirements.txt")
 
 
 def code_commit(root: Path = _ROOT) -> str:
-    """The commit of a checkout, with a + if code differs from it; "unknown" outside of one."""
-    # A hook of git exports where *its* repository lies.
+    """The commit of a checkout, with a + if its code was changed; "unknown" outside a checkout."""
+    # A git hook sets GIT_DIR to its own repository.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
 
     def git(*words: str) -> str:
@@ -52,7 +51,7 @@ def code_commit(root: Path = _ROOT) -> str:
         return done.stdout.strip()
 
     try:
-        # A copy of the code inside another repository has none of its commits.
+        # A copy of the code may lie inside another repository.
         if not Path(git("rev-parse", "--show-toplevel")).samefile(root):
             return "unknown"
         commit = git("rev-parse", "--short", "HEAD")

@@ -1,4 +1,4 @@
-"""Certificates on disk: written, resumed, verified, merged and drawn again."""
+"""Certificates on disk: recorded, resumed, verified, merged and drawn again."""
 
 from src.records.merging import merge
 from src.records.recording import record_certificates
@@ -8,7 +8,7 @@ __all__ = ["certify_dataset", "merge", "read_rows", "record_certificates", "redr
 
 
 def __getattr__(name: str):
-    # Only these need torch: rows can be read, verified, merged and drawn without it.
+    # Imported when asked for, because these need torch and the rest does not.
     if name == "certify_dataset":
         from src.records.certify import certify_dataset
 

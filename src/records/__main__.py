@@ -25,10 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("verify", allow_abbrev=False, help="check a file of certificates")
     verb.add_argument("path", help="the file, .csv")
-    verb.add_argument("--redraw", type=_whole, default=0, help="certify so many random rows again")
+    verb.add_argument(
+        "--redraw", type=_whole, default=0, help="certify this many random rows again"
+    )
     verb.add_argument("--checkpoint", help="the model behind the rows, for --redraw")
     verb.add_argument("--data", default="data", help="folder of MNIST, for --redraw")
-    verb = verbs.add_parser("merge", allow_abbrev=False, help="put shards together")
+    verb = verbs.add_parser("merge", allow_abbrev=False, help="merge shards into one file")
     verb.add_argument("path", help="the file to write, .csv")
     verb.add_argument("shards", nargs="+", help="the shards, .csv")
     args = parser.parse_args(argv)

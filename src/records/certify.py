@@ -1,4 +1,4 @@
-"""A data set certified to a file of rows, with all that they depend on in its twin."""
+"""A data set certified to a file of rows, with the settings behind them in its twin."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -36,20 +36,23 @@ def certify_dataset(
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         path: the CSV file.
         n0, n, alpha, seed, indices, two_sided, progress: as for `evaluate_robustness`.
-        resume: go on with the rows that an interrupted run has left.
+        resume: keep the rows of an interrupted run and certify the rest.
         facts: what else is worth knowing of the run, JSON values.
-        shard: "k/n" if `indices` are a part of the images, to be merged with the others.
+        shard: "k/n" if `indices` are the k-th of n parts of the images, to be merged later.
     """
     indices = list(range(len(dataset)) if indices is None else indices)
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
     settings |= {"two_sided": True} if two_sided else {}
+
+    def certify(left: Sequence[int]):
+        shown = progress and len(left) > 1
+        return evaluate_robustness(smooth, dataset, **settings, indices=left, progress=shown)
+
     part = {"shard": shard} if shard else {}
     return record_certificates(
         path,
         indices,
-        lambda left: evaluate_robustness(
-            smooth, dataset, **settings, indices=left, progress=progress and len(left) > 1
-        ),
+        certify,
         certificate_settings(smooth, dataset, **settings) | part,
         facts or {},
         labels=subset(dataset, indices).tensors[1].tolist(),
@@ -58,7 +61,7 @@ def certify_dataset(
 
 
 def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settings) -> dict:
-    """What rows of certificates depend on, for their twin."""
+    """All that rows of certificates depend on, for their twin."""
     return {
         "model_digest": weights_digest(smooth.base_classifier.state_dict()),
         "network": smooth.base_classifier.config,

@@ -1,4 +1,4 @@
-"""Certificates made in parts, on several machines, put together."""
+"""Certificates made in parts, on several machines, merged into one file."""
 
 import itertools
 import os
@@ -11,19 +11,19 @@ from src.records.twins import indices_digest, read_exactly, read_twin, text_dige
 
 
 def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
-    """Put finished shards of one run together, as one process would have written them.
+    """Merge the finished shards of one run into the file that one process would have written.
 
     Args:
         path: the file to write, with its twin.
-        shards: files of certificates of different images, all else the same.
+        shards: files of certificates of different images, made with the same settings.
 
     Returns:
         The number of rows.
 
     Raises:
         OSError: if a file is missing.
-        ValueError: if a shard is damaged, of another run or missing, an index appears twice, or
-            `path` is not a new file that ends in .csv.
+        ValueError: if a shard is damaged, missing or of another run, if an image is in two shards,
+            or if `path` does not end in .csv or is one of the shards.
     """
     path = checked_path(path)
     if path.resolve() in [Path(shard).resolve() for shard in shards]:
@@ -33,35 +33,33 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
         if problems := verify(shard):
             raise ValueError(f"{shard} cannot be merged: {problems[0]}.")
         twins.append(read_twin(shard.with_suffix(".json")))
-        if _shared(twins[-1]) != _shared(twins[0]):
+        if _shared_settings(twins[-1]) != _shared_settings(twins[0]):
             raise ValueError(f"{shard} cannot be merged: it is of another run than {shards[0]}.")
         rows += read_rows(shard)
     _check_complete([twin["settings"].get("shard") for twin in twins])
     rows.sort(key=lambda row: int(row["index"]))
     indices = [int(row["index"]) for row in rows]
-    twice = sorted({a for a, b in itertools.pairwise(indices) if a == b})
-    if twice:
+    if twice := [a for a, b in itertools.pairwise(indices) if a == b]:
         raise ValueError(f"The shards cannot be merged: image {twice[0]} is in two of them.")
+    settings = _shared_settings(twins[0]) | {"indices": indices_digest(indices)}
+    facts = [fact for twin in twins for fact in (twin["facts"], *twin.get("resumed", []))]
+    content = {"settings": settings, "facts": facts, "finished": True}
     with lock_file(path):
         set_aside(path)
         write_rows(path, rows)
-        content = {"settings": _shared(twins[0]) | {"indices": indices_digest(indices)}}
-        facts = [fact for twin in twins for fact in (twin["facts"], *twin.get("resumed", []))]
-        content |= {"facts": facts, "finished": True}
-        write_twin(
-            path.with_suffix(".json"), content | {"rows_sha256": text_digest(read_exactly(path))}
-        )
+        content["rows_sha256"] = text_digest(read_exactly(path))
+        write_twin(path.with_suffix(".json"), content)
         drop_equal_copies(path)
     return len(rows)
 
 
-def _shared(twin: Mapping) -> dict:
-    """The settings that the shards of one run have in common."""
+def _shared_settings(twin: Mapping) -> dict:
+    """The settings that all shards of one run have in common."""
     return {k: v for k, v in twin["settings"].items() if k not in ("indices", "shard")}
 
 
 def _check_complete(given: Sequence[str | None]) -> None:
-    """Raise ValueError unless these are the shards 1/n to n/n."""
+    """Raise ValueError unless `given` are the shards 1/n to n/n."""
     parts = (given[0] or "/").partition("/")[2]
     if not parts:
         raise ValueError("The shards cannot be merged: they do not say which part they are.")

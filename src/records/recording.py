@@ -1,4 +1,4 @@
-"""Certificates written row by row: signed as they come, and taken up after an interruption."""
+"""Certificates recorded row by row: each is signed at once, and an interrupted run can go on."""
 
 import hashlib
 import itertools
@@ -30,33 +30,32 @@ def record_certificates(
     labels: Sequence[int] | None = None,
     resume: bool = False,
 ) -> list[dict[str, str]]:
-    """Certify images one by one; each row is on disk, and signed, as soon as it is finished.
+    """Certify images one by one; each row is written and signed as soon as it is finished.
 
-    A run that is killed at any moment can be taken up with `resume`; its finished file is then
-    byte for byte that of a run that was not. Without `resume`, rows that are already there are
-    set aside under another name.
+    A run that was killed can go on with `resume`. Its finished file is then the same, byte for
+    byte, as that of an uninterrupted run. Without `resume`, earlier rows are renamed and kept.
 
-    Nothing on disk is signed anew: rows that are taken over must match the digest in the twin and
-    the labels, and the one with the fewest votes is drawn again and must come out the same.
+    Rows on disk are never signed anew. With `resume` they must match the digest in the twin and
+    the labels. The row with the fewest votes is drawn again and must come out the same.
 
     Args:
-        path: the CSV file; its twin has the ending .json.
-        indices: numbers of the images in the order of the rows.
-        certify: indices that are left -> rows with the keys `COLUMNS`, one at a time; those of
-            `TWO_SIDED` as well if the settings have "two_sided": True.
+        path: the CSV file; its twin is the same name with the ending .json.
+        indices: numbers of the images, in the order of the rows.
+        certify: indices -> an iterator of rows with the keys `COLUMNS`, and also `TWO_SIDED` if the
+            settings have "two_sided": True.
         settings: what the rows depend on (digests of model and data, sigma, n0, n, alpha, seed,
-            ...), JSON values; a run is only resumed with equal ones.
-        facts: what else is worth knowing of the run, JSON values; those of a run that goes on with
-            unfinished rows are added to the twin under "resumed".
-        labels: classes of the images, as `indices`; with them those on disk are checked.
-        resume: go on with the rows that are there.
+            ...), JSON values. A run is resumed only with equal settings.
+        facts: what else is worth knowing of the run, JSON values. A resumed run adds its facts to
+            the twin under "resumed".
+        labels: classes of the images, in the order of `indices`, to check resumed rows.
+        resume: keep the rows of an interrupted run and certify the rest.
 
     Returns:
         All rows, as `read_rows` gives them.
 
     Raises:
-        ValueError: if there is another run behind the rows, they were altered or are damaged, or
-            `certify` gives other images than it was asked for.
+        ValueError: if the rows are of another run, altered or damaged, or if `certify` gives other
+            images than it was asked for.
         OSError: if the file cannot be written or another process is writing it.
     """
     path = checked_path(path)
@@ -64,20 +63,18 @@ def record_certificates(
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**settings, "indices": indices_digest(indices)}))
     with lock_file(path):
-        taken = _taken_over(path, settings, indices, labels, certify) if resume else []
-        left = indices[len(taken) :]
-        # Before anything on disk changes, so that bad arguments are refused in time.
+        kept = _resumable_rows(path, settings, indices, labels, certify) if resume else []
+        left = indices[len(kept) :]
+        # Before anything on disk changes: it refuses bad arguments.
         rows = certify(left) if left else ()
-        if not taken:
+        if not kept:
             set_aside(path)
-            write_twin(
-                twin, {"settings": settings, "facts": dict(facts), "finished": False, "rows": 0}
-            )
+            content = {"settings": settings, "facts": dict(facts), "finished": False, "rows": 0}
+            write_twin(twin, content)
             path.write_bytes(csv_text([columns_of(settings)]).encode())
         elif left:
             content = read_twin(twin)
-            content["resumed"] = [*content.get("resumed", []), dict(facts)]
-            write_twin(twin, content)
+            write_twin(twin, content | {"resumed": [*content.get("resumed", []), dict(facts)]})
         if left:
             _append(path, rows, left, columns_of(settings))
             drop_equal_copies(path)
@@ -85,7 +82,7 @@ def record_certificates(
 
 
 def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int], columns) -> None:
-    """Write `rows` of the images `left` after those on disk, and sign all after each of them."""
+    """Append the rows of the images `left`, and sign the whole file after each row."""
     twin = path.with_suffix(".json")
     content, before = read_twin(twin), read_exactly(path)
     signed, digest = content.get("rows", 0), hashlib.sha256(before.encode())
@@ -101,7 +98,7 @@ def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int], columns) -
             stream.flush()
             digest.update(line.encode())
             done += 1
-            # Rows that were signed before and then cut off have to come out as they were.
+            # Rows that were signed and then lost must come out the same again.
             if done == signed and digest.hexdigest() != content["rows_sha256"]:
                 raise ValueError(f"{path} was altered: its rows do not match the digest in {twin}.")
             if done > signed:
@@ -111,8 +108,10 @@ def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int], columns) -
     write_twin(twin, content | {"finished": True})
 
 
-def _taken_over(path: Path, settings: Mapping, indices, labels, certify) -> list[dict[str, str]]:
-    """The rows that an interrupted run has left; what it had not signed is cut off."""
+def _resumable_rows(
+    path: Path, settings: Mapping, indices, labels, certify
+) -> list[dict[str, str]]:
+    """The rows of an interrupted run, checked. Rows that were not signed yet are cut off."""
     twin = path.with_suffix(".json")
     if not path.exists():
         return []
@@ -120,9 +119,9 @@ def _taken_over(path: Path, settings: Mapping, indices, labels, certify) -> list
         raise ValueError(f"{path} cannot be resumed: its twin {twin} is missing.")
     content = read_twin(twin)
     _check_same_run(path, content["settings"], settings)
-    # Without the last one, which is empty, or torn.
+    # The part after the last line end is empty or torn.
     lines = [line + "\n" for line in read_exactly(path).split("\n")[:-1]]
-    # Runs of older releases signed their rows at the end only.
+    # Older releases signed their rows at the end only.
     signed = content.get("rows", len(indices)) if content["finished"] else content.get("rows")
     if not content["finished"] and signed is not None:
         lines = lines[: signed + 1]
@@ -137,14 +136,12 @@ def _taken_over(path: Path, settings: Mapping, indices, labels, certify) -> list
     if rows and len(rows) == signed and content["rows_sha256"] != text_digest(text):
         raise ValueError(f"{path} was altered: its rows do not match the digest in {twin}.")
     if rows and not (content["finished"] and len(rows) == signed):
-        # The closest vote: another network or other noise changes it first.
+        # Another network or other noise changes the closest vote first.
         closest = min(rows, key=lambda row: int(row["top_count"]))
         (again,) = certify([int(closest["index"])])
         if not is_same_draw(closest, again):
-            number = closest["index"]
-            raise ValueError(
-                f"{path} cannot be resumed: image {number} drawn again is another row."
-            )
+            image = f"image {closest['index']} drawn again is another row"
+            raise ValueError(f"{path} cannot be resumed: {image}.")
     if len(text.encode()) < path.stat().st_size:
         os.truncate(path, len(text.encode()))
     return rows
@@ -161,26 +158,25 @@ def _check_same_run(path: Path, made: Mapping, settings: Mapping) -> None:
 
 
 def _misplaced(rows: Sequence[Mapping], indices, labels) -> list[str]:
-    """Which rows are not of the image that is due, or have another label than the data set."""
+    """Problems of rows that are of another image than expected, or have a wrong label."""
     problems = []
     for number, (row, index) in enumerate(zip(rows, indices, strict=False)):
-        if row.get("index") != str(index):
-            problems.append(
-                f"line {number + 2}: index {row.get('index')} where {index} is expected"
-            )
+        line, found = f"line {number + 2}", row.get("index")
+        if found != str(index):
+            problems.append(f"{line}: index {found} where {index} is expected")
         elif labels is not None and row.get("label") != str(int(labels[number])):
-            problems.append(f"line {number + 2}: the data set has another label")
+            problems.append(f"{line}: the data set has another label")
     return problems
 
 
-# What a draw decides; bounds and radii follow from these, which `check_rows` checks.
+# The counts that a draw decides. Bounds and radii follow from them, as `check_rows` checks.
 _DRAWN = ("top_count", "rival_count")
 
 
 def is_same_draw(row: Mapping[str, str], again: Mapping, votes: int = 0) -> bool:
-    """Whether a row drawn again has the same label and, up to `votes`, the same counts.
+    """Whether a row drawn again has the same label, and counts that differ by at most `votes`.
 
-    The prediction and whether it is right may differ only where counts may.
+    If `votes` is 0, the prediction and its correctness must be equal too.
     """
     same = [key for key in ("index", "label") if str(again.get(key)) != str(row.get(key))]
     if votes == 0:

@@ -14,29 +14,30 @@ from src.records.twins import read_twin
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import data_digest, get_device, load_mnist
 
-# Votes that may fall otherwise, of a thousand, where another form of the network casts them: in a
-# tie of rounding errors.
+# How many of 1,000 votes may change in another form of the network, whose rounding decides ties
+# differently.
 OTHER_FORM = 1
 
 
 def redraw(
     path: str | os.PathLike, rows: int, checkpoint: str | None, data: str = "data"
 ) -> list[str]:
-    """Certify randomly chosen rows of a file again and compare them.
+    """Certify randomly chosen rows of a file again and compare the results.
 
-    Exactly if the network votes in the form that made them, else up to OTHER_FORM votes in 1,000.
+    They must be equal if the network votes in the form that made the rows. In another form,
+    OTHER_FORM of 1,000 votes may differ, and 2 more.
 
     Args:
         path: file of certificates of MNIST test images.
-        rows: how many to draw again, all of them if there are fewer.
+        rows: how many to draw again; all if there are fewer.
         checkpoint: the model.
         data: folder of MNIST.
 
     Returns:
-        What differs, a sentence each; empty if nothing does.
+        One sentence per difference; empty if there is none.
 
     Raises:
-        OSError, ValueError: if a file cannot be used, or this machine has no device of the type
+        OSError, ValueError: if a file cannot be used, or this machine lacks the type of device
             that made the rows.
     """
     if checkpoint is None:
@@ -45,14 +46,14 @@ def redraw(
     if missing := {"precision", "model_digest", "data_digest"} - settings.keys():
         raise ValueError(f"{path} cannot be drawn again: its twin has no {min(missing)}.")
     precision = settings["precision"]
-    # Each type of device has its own noise.
+    # The noise depends on the type of device.
     model = load_checkpoint(checkpoint, get_device(settings.get("device", "cpu")))
     test, found = load_mnist("test", data), read_rows(path)
     if settings["model_digest"] != weights_digest(model.state_dict()):
         return [f"{checkpoint} is not the model behind the rows"]
     if settings["data_digest"] != data_digest(test):
         return ["the test images are not those behind the rows"]
-    # Fresh entropy: whoever alters a row must not know which ones are drawn again.
+    # Fresh entropy: whoever alters a row must not know which rows are drawn again.
     chosen = np.random.default_rng().choice(len(found), min(rows, len(found)), replace=False)
     form, recorded = form_name(model, precision), settings.get("form")
     hint = "" if form == recorded else f"; the form was {recorded!r}, here it is {form!r}"
@@ -60,15 +61,9 @@ def redraw(
     for row in (found[number] for number in sorted(chosen)):
         smooth = SmoothClassifier(model, float(row["sigma"]), precision=precision)
         settings = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
-        (again,) = evaluate_robustness(
-            smooth,
-            test,
-            **settings,
-            seed=int(row["seed"]),
-            indices=[int(row["index"])],
-            two_sided="rival_count" in row,
-            progress=False,
-        )
+        settings |= {"seed": int(row["seed"]), "indices": [int(row["index"])]}
+        settings |= {"two_sided": "rival_count" in row, "progress": False}
+        (again,) = evaluate_robustness(smooth, test, **settings)
         votes = 0 if form == recorded else int(row["n"]) * OTHER_FORM // 1000 + 2
         if not is_same_draw(row, again, votes):
             problems.append(f"image {row['index']} drawn again gives another row{hint}")

@@ -1,7 +1,7 @@
-"""Result rows on disk: what a row is, and what is wrong with rows that need no model to be checked.
+"""Result rows on disk: how they are written and read, and every check that needs no model.
 
-A file of certificates, X.csv, has one line per image. Its twin, X.json, holds what made it, and
-digests of the rows and of itself.
+A file of certificates, X.csv, has one line per image. Its twin, X.json, says what made it and
+holds digests of the rows and of itself.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ COLUMNS = (
     *("index", "label", "prediction", "correct", "radius", "p_lower", "top_count"),
     *("n0", "n", "alpha", "sigma", "seed"),
 )
-# Further columns of runs whose settings say so: the certificate from bounds on both sides.
+# Further columns of runs with the setting "two_sided": the certificate from bounds on both sides.
 TWO_SIDED = ("rival_count", "radius_two_sided")
-NUM_CLASSES = 10  # Of MNIST: how many rivals share the failure odds of the upper bounds.
+NUM_CLASSES = 10  # The classes of MNIST, for twins that do not say how many there are.
 
 
 def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
@@ -62,7 +62,7 @@ def rows_of(text: str, path: str | os.PathLike) -> list[dict[str, str]]:
 
 
 def checked_path(path: str | os.PathLike) -> Path:
-    """`path`, whose twin must not be the file itself; ValueError for another ending than .csv."""
+    """`path` if it ends in .csv, else ValueError: with .json it would be its own twin."""
     path = Path(path)
     if path.suffix != ".csv":
         raise ValueError(f"{path} must end in .csv; its twin gets the ending .json.")
@@ -80,10 +80,10 @@ def check_rows(
     columns: Sequence[str] = COLUMNS,
     settings: Mapping | None = None,
 ) -> list[str]:
-    """What is wrong with result rows that need no model to be checked; empty if nothing is.
+    """The problems of result rows, as far as they show without the model; empty if there is none.
 
-    Every bound and radius is computed again from its count, `text` must be what the rows would be
-    written as, and columns that repeat the `settings` must agree with them.
+    Computes every bound and radius again from its counts. `text` must be exactly what is written
+    for the rows, and columns that repeat the `settings` must agree with them.
     """
     settings = settings or {}
     classes, problems = settings.get("num_classes", NUM_CLASSES), []
@@ -102,11 +102,11 @@ def check_rows(
 
 
 def _is_consistent(row: Mapping[str, str], classes: int) -> bool:
-    """Whether bound, radius, prediction and correctness follow from the counts of a row."""
+    """Whether a row's bound, radius, prediction and correctness follow from its counts."""
     top_count, rival_count, n = (int(row.get(k, 0)) for k in ("top_count", "rival_count", "n"))
     p_lower = lower_confidence_bound(top_count, n, float(row["alpha"]))
     radius = certified_radius(p_lower, float(row["sigma"]))
-    # Releases of scipy differ in the last digits; the digest in the twin guards those.
+    # Releases of scipy differ in the last digits, which the digest in the twin guards.
     expected = {"p_lower": p_lower, "radius": radius}
     if "rival_count" in row:
         bounds = two_sided_bounds(top_count, rival_count, n, float(row["alpha"]), classes)
@@ -127,12 +127,12 @@ def verify(path: str | os.PathLike) -> list[str]:
     """Check a finished file of certificates against itself and its twin.
 
     Returns:
-        What is wrong, a sentence each; empty if nothing is. Every changed character of either
-        file is found, unless somebody has changed the digests to match.
+        One sentence per problem; empty if there is none. Finds every changed character of either
+        file, unless somebody has changed the digests to match.
 
     Raises:
         OSError: if a file is missing.
-        ValueError: if a file is not what it should be, or the twin was changed.
+        ValueError: if a file cannot be read as what it should be, or the twin was changed.
     """
     path = checked_path(path)
     text = read_exactly(path)
@@ -152,7 +152,7 @@ def verify(path: str | os.PathLike) -> list[str]:
 
 
 def csv_text(lines: Iterable[Iterable]) -> str:
-    """Lines of CSV; repr of a float is the shortest text that reads back to the same float."""
+    """Lines of CSV. A float is written as the shortest text that reads back as the same float."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(lines)
     return stream.getvalue()

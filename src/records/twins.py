@@ -9,12 +9,12 @@ from src.files import whole_file
 
 
 def indices_digest(indices: Iterable[int]) -> str:
-    """SHA-256 of the numbers of the images in their order."""
+    """SHA-256 of the image numbers, in their order."""
     return text_digest(repr([int(index) for index in indices]))
 
 
 def read_exactly(path: Path) -> str:
-    """The text of a file without any translation of line ends; ValueError if it is not UTF-8."""
+    """The text of a file with its line ends as they are; ValueError if it is not UTF-8."""
     try:
         return path.read_bytes().decode()
     except FileNotFoundError:
@@ -29,7 +29,7 @@ def text_digest(text: str) -> str:
 
 
 def write_twin(twin: Path, content: dict, *, durable: bool = True) -> None:
-    """Write the twin with a digest over all of its other entries; `durable` as of `whole_file`."""
+    """Write the twin with a digest of its other entries; `durable` as for `whole_file`."""
     content = {key: value for key, value in content.items() if key != "sha256"}
     content["sha256"] = text_digest(json.dumps(content, sort_keys=True))
     with whole_file(twin, durable=durable) as temporary:
@@ -43,11 +43,11 @@ def read_twin(twin: Path) -> dict:
         content = json.loads(text)
         digest = content.pop("sha256")
         settings, facts, finished = (content[key] for key in ("settings", "facts", "finished"))
-        right = isinstance(settings, dict) and isinstance(facts, dict | list)
-        right = right and isinstance(finished, bool)
+        valid = isinstance(settings, dict) and isinstance(facts, dict | list)
+        valid = valid and isinstance(finished, bool)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        right = False
-    if not right:
+        valid = False
+    if not valid:
         raise ValueError(f"{twin} is not the twin of a file of certificates.")
     unchanged = json.dumps(content | {"sha256": digest}, indent=1, sort_keys=True) + "\n" == text
     if digest != text_digest(json.dumps(content, sort_keys=True)) or not unchanged:

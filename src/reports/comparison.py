@@ -89,22 +89,16 @@ def certify_models(
 ) -> dict[str, list[dict]]:
     """Certify each model, smoothed with the same noise, on the same images.
 
-    Rows go to results/certificates_<model>.csv as they are finished.
+    Rows go to results/certificates_<model>.csv as they are finished. Returns {model: rows}.
 
     Args:
-        models: name -> network.
-        test: the test set.
-        indices: the test images to certify.
+        models, test, indices: name -> network; the test set; the images in it to certify.
         results: folder of the rows.
-        sigma: standard deviation of the noise, in pixel units.
-        precision: precision of the networks that vote.
+        sigma, precision: noise in pixel units, and precision of the votes.
         facts: what is worth knowing of the run, JSON values.
         shard: (k, n) certifies the k-th of n parts of the images. If n > 1, the file names end in
             .shard-k-of-n.csv.
         settings: `n0`, `n`, `alpha`, `seed`, `two_sided` and `resume` of `certify_dataset`.
-
-    Returns:
-        {model: rows}.
     """
     part, parts = shard
     print(f"Certifying at sigma = {sigma:g}, n = {settings['n']:,}, alpha = {settings['alpha']:g}")
@@ -220,14 +214,8 @@ def report_comparison(
 ) -> None:
     """Print the tables, write the rows of the attacks and draw the figures.
 
-    Args:
-        evaluations: model -> `attack_evaluation`.
-        certificates: model -> result rows.
-        test: the test set.
-        sigma: standard deviation of the noise, in pixel units.
-        facts: what made the result, for the JSON beside the rows.
-        results: folder of the rows.
-        figures: folder of the figures.
+    `evaluations` and `certificates` are those of `attack_models` and `certify_models`, `sigma` is
+    in pixel units, `facts` go to the JSON beside the rows, `results` and `figures` are folders.
     """
     output = Output("comparison", "Comparison", facts, results, figures)
     tables = {name: found["table"] for name, found in evaluations.items()}

@@ -41,7 +41,7 @@ _PUBLISHED = (
     (ORANGE, (0, (5, 2)), "^"),
     ("#56B4E9", (0, (2, 1)), "v"),
 )
-_SMALL = {"color": GREY, "fontsize": 8}
+SMALL = {"color": GREY, "fontsize": 8}
 # A note on a horizontal line: its place is a share of the width and a value of the data.
 _AT_HEIGHT = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
 # Name of the attack in rows that hold the worst of all attacks. A copy of
@@ -60,10 +60,19 @@ _STYLE = {
 
 
 @contextlib.contextmanager
-def _figure(path: str | os.PathLike, width: float, height: float, **style) -> Iterator[Figure]:
-    """Yield a figure of this size in inches; it is written to `path` at the end of the block."""
+def drawing(
+    path: str | os.PathLike,
+    width: float,
+    height: float,
+    layout: str | None = "constrained",
+    **style,
+) -> Iterator[Figure]:
+    """Yield a figure of this size in inches, written to `path` at the end of the block.
+
+    `style` overrides settings of matplotlib, such as "figure.dpi".
+    """
     with mpl.rc_context(_STYLE | style):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout=layout)
         yield figure
         _save(figure, path)
 
@@ -79,7 +88,7 @@ def plot_training(
         title: title of the figure.
         held_out: label of the held-out accuracy.
     """
-    with _figure(path, 9, 3.4) as figure:
+    with drawing(path, 9, 3.4) as figure:
         left, right = figure.subplots(1, 2)
         updates = np.arange(1, len(history["step_loss"]) + 1)
         per_epoch = len(updates) / len(history["epochs"])
@@ -106,7 +115,7 @@ def plot_held_out_robustness(
     The epochs `collapsed` are shaded: there the training overfitted catastrophically, as
     `collapsed_epochs` finds. A dotted line marks the epoch whose weights were kept.
     """
-    with _figure(path, 6.4, 3.8) as figure:
+    with drawing(path, 6.4, 3.8) as figure:
         axes = figure.subplots()
         epochs = [row["epoch"] for row in history["epochs"]]
         labels = {"clean": "clean", "single_step": "single step", "pgd": "PGD"}
@@ -144,7 +153,7 @@ def plot_accuracy_against_epsilon(
     """
     text = textwrap.fill("warning: " + "; ".join(warnings), 130) if warnings else ""
     # The figure grows with the text, so the panels keep their height.
-    with _figure(path, 10, 3.9 + 0.2 * len(text.splitlines())) as figure:
+    with drawing(path, 10, 3.9 + 0.2 * len(text.splitlines())) as figure:
         panels, handles = figure.subplots(1, 2, sharey=True), {}
         symbols = {"linf": "$\\ell_\\infty$", "l2": "$\\ell_2$"}
         for axes, (norm, symbol) in zip(panels, symbols.items(), strict=True):
@@ -156,7 +165,7 @@ def plot_accuracy_against_epsilon(
                     dashed = Line2D([], [], color="black", ls="--", lw=1)
                     handles |= {WORST: Line2D([], [], color="black"), attack: dashed}
             axes.axhline(0.1, color=GREY, ls=":", lw=1)
-            axes.annotate("chance", (1, 0.1), **_AT_HEIGHT, **_SMALL)
+            axes.annotate("chance", (1, 0.1), **_AT_HEIGHT, **SMALL)
             axes.set(xlabel=f"radius $\\epsilon$ of the attack, {symbol}")
             axes.set(ylim=(0, 1.02), xlim=(0, None))
         panels[0].set_ylabel("accuracy")
@@ -217,7 +226,7 @@ def plot_certified_accuracy(
         clean: name -> accuracy of the base classifier without noise, a dotted line.
         published: method -> {radius: certified accuracy} as others published it.
     """
-    with _figure(path, 6.8, 4.2) as figure:
+    with drawing(path, 6.8, 4.2) as figure:
         axes, limits = figure.subplots(), largest_radii(rows_by_model.values())
         radii = [float(row["radius"]) for rows in rows_by_model.values() for row in rows]
         grid = np.linspace(0, max(*radii, *limits, 1e-3) * 1.05, 500)
@@ -232,7 +241,7 @@ def plot_certified_accuracy(
                 axes.axhline(clean[name], color=color, ls=":", lw=1)
         if clean:
             place = _AT_HEIGHT | {"xytext": (0, 3), "textcoords": "offset points"}
-            axes.annotate("clean, no noise", (0.9, max(clean.values())), **place, **_SMALL)
+            axes.annotate("clean, no noise", (0.9, max(clean.values())), **place, **SMALL)
         _mark_limits(axes, limits, "largest possible")
         curves = zip(_PUBLISHED, (published or {}).items(), strict=False)
         for (color, dashes, marker), (name, curve) in curves:
@@ -268,7 +277,7 @@ def _mark_limits(axes, limits: Sequence[float], label: str) -> None:
         axes.axvline(x, color=GREY, ls=":", lw=1)
         # To the right, where no curve can be.
         place = {"xycoords": ("data", "axes fraction"), "ha": "left", "rotation": 90}
-        axes.annotate(f" {label}", (x, 0.5), va="center", **place, **_SMALL)
+        axes.annotate(f" {label}", (x, 0.5), va="center", **place, **SMALL)
 
 
 def plot_p_lower(
@@ -279,7 +288,7 @@ def plot_p_lower(
     The axis is Phi^-1(p_A), the radius in units of sigma, because most values of p_A lie between
     0.99 and 1. Images with p_A of at most 1/2 abstain and are counted at radius 0.
     """
-    with _figure(path, 6.8, 4.2) as figure:
+    with drawing(path, 6.8, 4.2) as figure:
         axes, limits = figure.subplots(), largest_radii(rows_by_model.values(), in_sigmas=True)
         for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
             values = np.sort([float(row["p_lower"]) for row in rows])
@@ -317,7 +326,7 @@ def plot_gallery(
     """
     columns = max([1, *map(len, rows)])
     size = (1.25 * columns + 1.3, 1.55 * len(rows) + 0.5)
-    with _figure(path, *size, **{"axes.grid": False}) as figure:
+    with drawing(path, *size, **{"axes.grid": False}) as figure:
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for line, row, label in zip(grid, rows, row_labels, strict=True):
             for axes in line:
@@ -328,110 +337,6 @@ def plot_gallery(
                 axes.set_xlabel(caption, color=color, fontsize=9)
             line[0].set_ylabel(label, rotation=0, ha="right", va="center")
         figure.suptitle(title)
-
-
-def plot_how_it_works(
-    path: str | os.PathLike,
-    *,
-    label: int,
-    image: np.ndarray,
-    attacked: np.ndarray,
-    readings: Sequence[tuple[int, float]],
-    copies: Sequence[tuple[np.ndarray, int]],
-    votes: Sequence[int],
-    radius: float,
-) -> None:
-    """One digit under attack, and the same digit under the vote of noisy copies.
-
-    Args:
-        path: image file to write.
-        label: the digit's class.
-        image: (28, 28) in [0, 1].
-        attacked: the same image, changed until a network errs.
-        readings: class and confidence of that network for `image` and for `attacked`.
-        copies: noisy copies (28, 28), each with the class that a second network reads in it.
-        votes: votes of the second network for each class.
-        radius: certified l2 radius of the vote, in pixel units.
-    """
-    with mpl.rc_context(_STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(9, 4.1), dpi=200)
-        above, below = figure.subfigures(2, 1)
-        _draw_attack(above, image, attacked, readings, label)
-        _draw_vote(below, image, copies, votes, radius, label)
-        _save(figure, path)
-
-
-def _digit(figure, place, image, caption: str = "", color: str = "black", **options) -> None:
-    """Draw an image and its caption at `place`: left, bottom and width as shares of the figure."""
-    left, bottom, width = place
-    height = width * figure.bbox.width / figure.bbox.height
-    axes = figure.add_axes((left, bottom, width, height))
-    axes.imshow(image, **{"cmap": "gray_r", "vmin": 0, "vmax": 1} | options)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(visible=True, color="#D0D0D0")
-    axes.set_xlabel(caption, color=color, labelpad=3)
-
-
-def _verdict_color(guess: int, label: int) -> str:
-    return GREEN if guess == label else ALARM
-
-
-def _words(figure, heading: str, text: str, signs: Mapping[float, str], result: str) -> None:
-    """Write the words of one half: left of it, signs between its parts, the result at its right."""
-    figure.text(0.01, 0.74, heading, fontsize=13, weight="bold", va="bottom")
-    figure.text(0.01, 0.68, text, va="top", linespacing=1.4)
-    for x, sign in signs.items():
-        figure.text(x, 0.56, sign, fontsize=18, ha="center", va="center")
-    figure.text(0.832, 0.56, result, va="center", linespacing=1.4)
-
-
-def _draw_attack(figure, image, attacked, readings, label: int) -> None:
-    change = attacked - image
-    limit, length = np.abs(change).max(), np.linalg.norm(change)
-    (before, sure), (after, fooled) = readings
-    _words(
-        figure,
-        "Attack",
-        "A small change,\nmade for a network,\nmisleads it.",
-        {0.395: "+", 0.605: "="},
-        f"a change of\n$\\ell_2$ length {length:.2f}\nis enough",
-    )
-    color, caption = _verdict_color(before, label), f"reads {before}, {sure:.1%} sure"
-    _digit(figure, (0.215, 0.2, 0.155), image, caption, color)
-    signed = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    _digit(figure, (0.42, 0.2, 0.155), change, f"change, {1 / limit:.0f} times as strong", **signed)
-    color, caption = _verdict_color(after, label), f"reads {after}, {fooled:.1%} sure"
-    _digit(figure, (0.635, 0.2, 0.155), attacked, caption, color)
-
-
-def _draw_vote(figure, image, copies, votes, radius: float, label: int) -> None:
-    certified = math.floor(100 * radius) / 100  # It must not look larger than it is.
-    _words(
-        figure,
-        "Smoothing",
-        f"{sum(votes):,} noisy copies\nvote, and the vote\nproves a radius.",
-        {0.395: r"$\rightarrow$", 0.8: r"$\rightarrow$"},
-        f"every image within\n$\\ell_2$ distance {certified:.2f}\nis read as {label},\n"
-        "whatever the attack",
-    )
-    norm = "$\\ell_2$: root of the summed squares of the pixels' changes, black to white 1"
-    figure.text(0.01, 0.03, norm, **_SMALL)
-    _digit(figure, (0.215, 0.2, 0.155), image, "the same digit")
-    for position, (copy, guess) in enumerate(copies):
-        row, column = divmod(position, 4)
-        place = (0.42 + 0.0635 * column, 0.62 - 0.44 * row, 0.059)
-        _digit(figure, place, copy, str(guess), _verdict_color(guess, label))
-    axes = figure.add_axes((0.7, 0.2, 0.07, 0.7))
-    classes = [guess for guess in np.argsort(votes)[:-5:-1] if votes[guess]]
-    colors = [_verdict_color(guess, label) for guess in classes]
-    bars = axes.bar(range(len(classes)), [votes[guess] for guess in classes])
-    for bar, color in zip(bars, colors, strict=True):
-        bar.set_color(color)
-    axes.bar_label(bars, [f"{votes[guess]:,}" for guess in classes], fontsize=8)
-    axes.set_xticks(range(len(classes)), [str(guess) for guess in classes])
-    axes.set(yticks=[], xlabel="votes", xlim=(-0.7, len(classes) - 0.3))
-    axes.tick_params(length=0)
-    axes.spines["left"].set_visible(False)
 
 
 def _smoothed(values: Sequence[float], window: int = 50) -> np.ndarray:

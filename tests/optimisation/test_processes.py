@@ -27,7 +27,7 @@ COMPARE += ["--precision", "float32"]
 
 def start(command, cwd, **options):
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **options
+        command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False, **options
     )
 
 
@@ -102,6 +102,7 @@ def evaluate(*args, **options):
     for number, row in enumerate(rows(*args, **options)):
         first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
         if first and os.environ["RANK"] == "1" and len(models) == 2 and number == 2:
+            open("killed", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         yield row
 
@@ -116,8 +117,9 @@ def test_the_death_of_a_worker_costs_no_rows(alone, tmp_path, mnist_root):
     command = [*PAIR, "--max-restarts=1", END, "killer.py", *COMPARE]
     ended = start(command, folder, env=environment())
     assert ended.returncode == 0, ended.stderr
-    # It did die, and rows that stood were not set aside.
-    assert "SIGKILL" in ended.stderr or "exitcode: -9" in ended.stderr
+    # It did die, and finished rows were not set aside. torchrun names only one failed process, and
+    # that may be the other one, which lost its partner.
+    assert (folder / "killed").exists()
     assert "Earlier rows are kept" not in ended.stdout
     assert certificates(folder) == certificates(alone)
 

@@ -18,7 +18,6 @@ from src.reports.plotting import (
     plot_certified_accuracy,
     plot_gallery,
     plot_held_out_robustness,
-    plot_how_it_works,
     plot_p_lower,
     plot_training,
 )
@@ -51,7 +50,6 @@ def proportions(hits, images=20):
 
 
 CURVES = {"A": proportions([20, 10, 0]), "B": proportions([18, 12, 4])}
-VOTES = [0, 12, 0, 0, 0, 88, 0, 0, 0, 0]
 DIGIT = np.linspace(0, 1, 784).reshape(28, 28)
 GALLERY = [[(DIGIT, "3 (99 %)", "black"), (1 - DIGIT, "8", "red")], [(DIGIT / 2, "1", "blue")]]
 PLOTS = {
@@ -313,38 +311,6 @@ def test_p_lower_shows_the_largest_possible_value(figures):
     # One for both: the axis is in units of sigma.
     assert cap == pytest.approx(norm.ppf(0.001 ** (1 / 1000)))
     assert axes.get_xlim()[1] > cap
-
-
-def test_picture_of_both_halves_says_what_was_computed(tmp_path, figures, monkeypatch):
-    settings = {
-        "label": 5,
-        "image": DIGIT,
-        "attacked": np.clip(DIGIT + 0.01, 0, 1),
-        "readings": [(5, 0.997), (3, 0.9991)],
-        "copies": [(DIGIT, 5 if k else 3) for k in range(8)],
-        "votes": VOTES,
-        "radius": 0.9399,
-    }
-    plot_how_it_works("unused.png", **settings)
-    (figure,) = figures
-    written = [axes.get_xlabel() for axes in figure.axes]
-    assert written[:3] == [
-        "reads 5, 99.7% sure",
-        "change, 100 times as strong",
-        "reads 3, 99.9% sure",
-    ]
-    assert written[4:12] == ["3", *7 * ["5"]]
-    bars = figure.axes[-1]
-    assert [bar.get_height() for bar in bars.patches] == [88, 12]
-    assert [label.get_text() for label in bars.get_xticklabels()] == ["5", "1"]
-    said = " ".join(text.get_text() for part in figure.subfigs for text in part.texts)
-    # Never more than was certified.
-    assert "distance 0.93" in said
-    assert "100 noisy copies" in said
-    assert "length 0.28" in said
-    monkeypatch.undo()
-    plot_how_it_works(tmp_path / "a.png", **settings)
-    assert mpl.image.imread(tmp_path / "a.png").shape[1] == 1800
 
 
 def test_gallery_shows_the_digits_with_their_captions(drawn):
