@@ -34,7 +34,8 @@ from src.methods.adversarial import (
 from src.models import ConvNN
 from src.optimisation.processes import is_main, own_seed
 from src.provenance import provenance
-from src.reports.one_model import Output, figure_title, report_attacks
+from src.reports.one_model import report_attacks
+from src.reports.output import Output, figure_title
 from src.reports.plotting import plot_held_out_robustness, plot_training
 from src.robustness.fixed_radii import radii_with
 from src.training_and_evaluation import adversarial_loss, train_model

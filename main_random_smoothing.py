@@ -29,7 +29,8 @@ from src.methods.smoothing import METHODS, smoothing_loss_schedule
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import from_main, is_main
 from src.provenance import provenance
-from src.reports.one_model import Output, figure_title, report_smoothing
+from src.reports.one_model import report_smoothing
+from src.reports.output import Output, figure_title
 from src.reports.plotting import plot_training
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything

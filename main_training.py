@@ -21,7 +21,8 @@ from src.command_line import (
 from src.models import ConvNN
 from src.optimisation.processes import is_main
 from src.provenance import provenance
-from src.reports.one_model import Output, figure_title, report_attacks
+from src.reports.one_model import report_attacks
+from src.reports.output import Output, figure_title
 from src.reports.plotting import plot_training
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import get_device, load_training_data, seed_everything

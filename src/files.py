@@ -71,7 +71,7 @@ def write_json(path: str | os.PathLike, content: Mapping) -> None:
 def check_writable(folder: str | os.PathLike) -> None:
     """Raise OSError unless files can be made in `folder`, which need not exist yet."""
     existing = Path(folder).absolute()
-    while not existing.exists():
+    while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OSError(f"{folder} is not a folder that can be written to; choose another.")
@@ -109,12 +109,24 @@ def set_aside(path: Path) -> None:
 
 
 def drop_equal_copies(path: Path) -> None:
-    """Delete rows set aside that are the same as the new ones: the same command ran again."""
-    for kept in path.parent.glob(f"{path.stem}.previous-*.csv"):
-        if kept.read_bytes() == path.read_bytes():
+    """Delete rows set aside that are the same as the new ones: the same command ran again.
+
+    Those of another model stay, although its rows may be equal: the JSON beside them tells.
+    """
+    for kept in path.parent.glob(f"{glob.escape(path.stem)}.previous-*.csv"):
+        if kept.read_bytes() == path.read_bytes() and _made_by(kept) == _made_by(path):
             # The rows last: if the run dies here, the next one finds them.
             kept.with_suffix(".json").unlink(missing_ok=True)
             kept.unlink()
+
+
+def _made_by(path: Path) -> tuple:
+    """Settings and options in the JSON beside rows, if there is one."""
+    try:
+        content = json.loads(path.with_suffix(".json").read_bytes())
+        return content.get("settings"), content.get("options")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ()
 
 
 @contextlib.contextmanager

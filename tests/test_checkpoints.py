@@ -125,3 +125,16 @@ def test_smoothed_network_is_not_taken_for_its_base(tmp_path):
     with pytest.raises(ValueError, match="'model' is a SmoothClassifier; save its ConvNN"):
         save_checkpoint(tmp_path / "m.pt", SmoothClassifier(network(), 0.5))
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": 5}, {"norm": "l7"}, {"norm": ["a"]}, {"epsilon": "x"}, {"epsilon": True}]
+    + [{"epsilon": value} for value in (-1, 0, 1e300, [0.3])],
+    ids=str,
+)
+def test_a_ball_that_makes_no_sense_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="has a value of another kind"):
+        save_checkpoint(tmp_path / "x.pt", ConvNN((2, 2)), options=options)
+    for sound in ({"norm": "l2", "epsilon": 2.0}, {"epsilon": None}, {"epsilon": 1}, {}):
+        save_checkpoint(tmp_path / "x.pt", ConvNN((2, 2)), options=sound)

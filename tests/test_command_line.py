@@ -15,6 +15,7 @@ import main_compare
 import main_random_smoothing
 import main_training
 from src.command_line import parse, reserved, script_parser, share, stem
+from src.models import ConvNN
 from src.provenance import code_commit, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,9 +122,11 @@ def test_shards_are_parts(text):
     assert share("2/2") == (2, 2)
 
 
-@pytest.mark.parametrize("text", ["", "../x", "a/b", ".x", "a\0b", "a\nb", "a\\b", "/x"])
+@pytest.mark.parametrize(
+    "text", ["", "comparison", "../x", "a/b", ".x", "a\0b", "a\nb", "a\\b", "/x"]
+)
 def test_names_are_beginnings_of_files(text):
-    with pytest.raises(ArgumentTypeError, match="beginning of a file name"):
+    with pytest.raises(ArgumentTypeError, match=r"beginning of a file name|main_compare"):
         stem(text)
     assert stem("a 1.00-b_c") == "a 1.00-b_c"
 
@@ -259,3 +262,45 @@ def test_resume_is_advised_where_it_works(saved, tmp_path, mnist_root):
     )
     assert ended.returncode == 130
     assert ("add --resume" in ended.stderr) == saved == bool(list(tmp_path.rglob("*.pt")))
+
+
+def test_rows_of_another_script_do_not_stay_beside_a_new_model(tmp_path):
+    rows = tmp_path / "results" / "x_certificates.csv"
+    rows.parent.mkdir()
+    rows.write_text("a\n1\n")
+    with reserved(options(tmp_path), "attacks"):
+        assert not rows.exists()
+    assert rows.with_name("x_certificates.previous-1.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (main_random_smoothing, ["--epsilon", "1"]),
+        (main_random_smoothing, ["--consistency", "2"]),
+        (main_adv_training, ["--thresholds", "1", "0"]),
+    ],
+)
+def test_what_is_refused_late_moves_no_rows(script, words, tmp_path, mnist_root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "results" / f"{script.NAME}_certificates.csv"
+    rows.parent.mkdir()
+    rows.write_text("a\n1\n")
+    with pytest.raises(ValueError, match=r"epsilon|consistency|thresholds"):
+        script.main(["--quick", "--data", str(mnist_root), *words])
+    assert [p.name for p in rows.parent.iterdir()] == [rows.name]
+
+
+@pytest.mark.parametrize("fault", ["a dangling link", "a folder for the tables"])
+def test_the_comparison_knows_at_its_start_that_it_cannot_write(
+    fault, tmp_path, mnist_root, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main_compare, "certify_models", lambda *_, **__: pytest.fail("late"))
+    monkeypatch.setattr(main_compare, "load_models", lambda *_: {"smoothed": ConvNN((2, 2))})
+    if fault == "a dangling link":
+        (tmp_path / "figures").symlink_to(tmp_path / "nowhere" / "x")
+    else:
+        (tmp_path / "results" / "comparison_attacks.json").mkdir(parents=True)
+    with pytest.raises(OSError, match="written"):
+        main_compare.main(["--quick", "--sigma", "0.5", "--data", str(mnist_root)])

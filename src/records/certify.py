@@ -9,6 +9,7 @@ from src.checkpoints import weights_digest
 from src.engine.forms import form_name
 from src.models import SmoothClassifier
 from src.records.recording import record_certificates
+from src.records.twins import indices_digest
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import data_digest, subset
 
@@ -26,7 +27,7 @@ def certify_dataset(
     resume: bool = False,
     two_sided: bool = False,
     facts: Mapping | None = None,
-    shard: str | None = None,
+    shard: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> list[dict[str, str]]:
     """Certify a data set to a file of rows with its twin; see `record_certificates`.
@@ -38,17 +39,20 @@ def certify_dataset(
         n0, n, alpha, seed, indices, two_sided, progress: as for `evaluate_robustness`.
         resume: keep the rows of an interrupted run and certify the rest.
         facts: what else is worth knowing of the run, JSON values.
-        shard: "k/n" if `indices` are the k-th of n parts of the images, to be merged later.
+        shard: (k, n) to certify the k-th of n parts of these images only, to be merged later.
     """
     indices = list(range(len(dataset)) if indices is None else indices)
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
     settings |= {"two_sided": True} if two_sided else {}
+    part, (k, parts) = {}, shard or (1, 1)
+    if parts > 1:
+        part = {"shard": f"{k}/{parts}", "all_indices": indices_digest(indices)}
+        indices = indices[k - 1 :: parts]
 
     def certify(left: Sequence[int]):
         shown = progress and len(left) > 1
         return evaluate_robustness(smooth, dataset, **settings, indices=left, progress=shown)
 
-    part = {"shard": shard} if shard else {}
     return record_certificates(
         path,
         indices,

@@ -42,6 +42,8 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
     if twice := [a for a, b in itertools.pairwise(indices) if a == b]:
         raise ValueError(f"The shards cannot be merged: image {twice[0]} is in two of them.")
     settings = _shared_settings(twins[0]) | {"indices": indices_digest(indices)}
+    if settings.pop("all_indices", settings["indices"]) != settings["indices"]:
+        raise ValueError("The shards cannot be merged: they are not of the images of one run.")
     facts = [fact for twin in twins for fact in (twin["facts"], *twin.get("resumed", []))]
     content = {"settings": settings, "facts": facts, "finished": True}
     with lock_file(path):
@@ -61,7 +63,7 @@ def _shared_settings(twin: Mapping) -> dict:
 def _check_complete(given: Sequence[str | None]) -> None:
     """Raise ValueError unless `given` are the shards 1/n to n/n."""
     parts = (given[0] or "/").partition("/")[2]
-    if not parts:
+    if not (parts.isdecimal() and int(parts)):
         raise ValueError("The shards cannot be merged: they do not say which part they are.")
     missing = sorted({f"{k + 1}/{parts}" for k in range(int(parts))} - set(given))
     if missing:

@@ -65,17 +65,19 @@ def record_certificates(
     with lock_file(path):
         kept = _resumable_rows(path, settings, indices, labels, certify) if resume else []
         left = indices[len(kept) :]
+        facts = json.loads(json.dumps(dict(facts)))
         # Before anything on disk changes: it refuses bad arguments.
         rows = certify(left) if left else ()
         if not kept:
             set_aside(path)
-            content = {"settings": settings, "facts": dict(facts), "finished": False, "rows": 0}
+            content = {"settings": settings, "facts": facts, "finished": False, "rows": 0}
             write_twin(twin, content)
             path.write_bytes(csv_text([columns_of(settings)]).encode())
         elif left:
             content = read_twin(twin)
-            write_twin(twin, content | {"resumed": [*content.get("resumed", []), dict(facts)]})
-        if left:
+            write_twin(twin, content | {"resumed": [*content.get("resumed", []), facts]})
+        # A kill may have come between the last row and the end.
+        if left or not read_twin(twin)["finished"]:
             _append(path, rows, left, columns_of(settings))
             drop_equal_copies(path)
     return read_rows(path)
@@ -105,7 +107,9 @@ def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int], columns) -
                 content |= {"rows": done, "rows_sha256": digest.hexdigest()}
                 write_twin(twin, content, durable=False)
         os.fsync(stream.fileno())
-    write_twin(twin, content | {"finished": True})
+    # Older releases signed their rows only here.
+    signature = {"rows": done, "rows_sha256": digest.hexdigest()}
+    write_twin(twin, content | signature | {"finished": True})
 
 
 def _resumable_rows(

@@ -45,6 +45,12 @@ def read_twin(twin: Path) -> dict:
         settings, facts, finished = (content[key] for key in ("settings", "facts", "finished"))
         valid = isinstance(settings, dict) and isinstance(facts, dict | list)
         valid = valid and isinstance(finished, bool)
+        optional = {"rows": int, "rows_sha256": str, "resumed": list}
+        optional |= {"num_classes": int, "shard": str, "indices": str}
+        valid = valid and all(
+            isinstance({**settings, **content}.get(key, kind()), kind)
+            for key, kind in optional.items()
+        )
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         valid = False
     if not valid:

@@ -12,7 +12,7 @@ from src.optimisation.processes import is_main
 from src.records.certify import certify_dataset
 from src.records.merging import merge
 from src.records.rows import read_rows
-from src.reports.one_model import Output, save_attacks
+from src.reports.output import Output, save_attacks
 from src.reports.plotting import plot_certified_accuracy, plot_gallery, plot_p_lower
 from src.reports.tables import attack_comparison, certificate_lines, population_lines, round_down
 from src.robustness.challenge import broken_allowed, challenge_certificates
@@ -100,7 +100,6 @@ def certify_models(
             .shard-k-of-n.csv.
         settings: `n0`, `n`, `alpha`, `seed`, `two_sided` and `resume` of `certify_dataset`.
     """
-    part, parts = shard
     print(f"Certifying at sigma = {sigma:g}, n = {settings['n']:,}, alpha = {settings['alpha']:g}")
     rows = {}
     for name, model in models.items():
@@ -110,9 +109,9 @@ def certify_models(
             SmoothClassifier(model, sigma, precision=precision),
             test,
             certificates_path(results, name, shard),
-            indices=indices[part - 1 :: parts],
+            indices=indices,
             facts={**facts, "clean_accuracy": clean},
-            shard=f"{part}/{parts}" if parts > 1 else None,
+            shard=shard,
             progress=is_main(),
             **settings,
         )

@@ -1,6 +1,6 @@
 """One model under attack: all that is measured, for the scripts that report it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -125,10 +125,3 @@ def _share(known: dict[str, np.ndarray], pixels: int) -> None:
     """
     np.minimum(known["linf"], known["l2"], out=known["linf"])
     np.minimum(known["l2"], known["linf"] * pixels**0.5, out=known["l2"])
-
-
-def attack_rows(evaluation: Mapping[str, Sequence[Mapping]], **columns) -> list[dict]:
-    """Table and curve as rows of one file; `columns` go after `part` in each."""
-    return [
-        {"part": part, **columns, **row} for part in ("table", "curve") for row in evaluation[part]
-    ]

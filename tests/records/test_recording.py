@@ -444,3 +444,58 @@ def test_columns_are_the_contract():
     assert ",".join(COLUMNS) == (
         "index,label,prediction,correct,radius,p_lower,top_count,n0,n,alpha,sigma,seed"
     )
+
+
+def test_a_kill_before_the_last_signature_is_made_good(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+
+    def die(twin, content, **options):
+        if content["finished"]:
+            raise KeyboardInterrupt
+        write_twin(twin, content, **options)
+
+    monkeypatch.setattr("src.records.recording.write_twin", die)
+    with pytest.raises(KeyboardInterrupt):
+        record(path)
+    monkeypatch.undo()
+    assert verify(path) == ["the run is not finished"]
+    record(path, resume=True)
+    assert verify(path) == []
+
+
+def test_facts_with_any_keys_are_recorded(tmp_path):
+    facts = {"classes": {2: 1, 10: 2}}
+    record_certificates(tmp_path / "rows.csv", INDICES, certify, SETTINGS, facts)
+    assert verify(tmp_path / "rows.csv") == []
+
+
+def test_equal_rows_of_another_model_are_kept(tmp_path):
+    path = tmp_path / "rows[1].csv"
+    for model in "ABB":
+        settings = SETTINGS | {"model_digest": model}
+        record_certificates(path, INDICES, certify, settings, {})
+    kept = [p.name for p in sorted(tmp_path.iterdir()) if "previous" in p.name]
+    assert kept == ["rows[1].previous-1.csv", "rows[1].previous-1.json"]
+    assert read_twin(tmp_path / kept[1])["settings"]["model_digest"] == "A"
+
+
+@pytest.mark.parametrize(
+    "change", [{"rows": "x"}, {"rows": None}, {"resumed": 5}, {"settings": {"shard": 5}}], ids=str
+)
+def test_twins_with_entries_of_another_kind_are_refused(change, finished):
+    twin = finished.with_suffix(".json")
+    write_twin(twin, read_twin(twin) | change)
+    for call in (verify, lambda path: record(path, resume=True)):
+        with pytest.raises(ValueError, match="not the twin of a file of certificates"):
+            call(finished)
+
+
+def test_shards_of_other_images_are_not_merged(tmp_path):
+    shards = [tmp_path / f"rows.shard-{k}-of-2.csv" for k in (1, 2)]
+    for k, (shard, step) in enumerate(zip(shards, (4, 8), strict=True)):
+        every = list(range(0, 400, step))
+        settings = SETTINGS | {"shard": f"{k + 1}/2", "all_indices": indices_digest(every)}
+        record_certificates(shard, every[k::2], certify, settings, {})
+    with pytest.raises(ValueError, match="another run"):
+        merge(tmp_path / "merged.csv", shards)
+    assert not (tmp_path / "merged.csv").exists()
