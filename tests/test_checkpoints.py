@@ -134,7 +134,7 @@ def test_smoothed_network_is_not_taken_for_its_base(tmp_path):
     ids=str,
 )
 def test_a_ball_that_makes_no_sense_is_refused(options, tmp_path):
-    with pytest.raises(ValueError, match="has a value of another kind"):
+    with pytest.raises(ValueError, match="has a value of a wrong kind"):
         save_checkpoint(tmp_path / "x.pt", ConvNN((2, 2)), options=options)
     for sound in ({"norm": "l2", "epsilon": 2.0}, {"epsilon": None}, {"epsilon": 1}, {}):
         save_checkpoint(tmp_path / "x.pt", ConvNN((2, 2)), options=sound)
