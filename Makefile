@@ -16,9 +16,11 @@ MODEL ?= models/adversarial_training.pt
 BALL ?=
 OUT ?= results
 
-.PHONY: run test reference help model referee worst-case cures strongest n-100000 all-images tables \
+.PHONY: environment run test reference help model referee worst-case cures strongest n-100000 all-images tables \
   differences
 .DELETE_ON_ERROR:
+
+environment: $(VENV)/ready ## the Python environment in .venv, without running anything
 
 run: $(VENV)/ready ## the environment, MNIST and the four scripts (minutes)
 	$(BIN)/python -m src.mnist.files

@@ -1,4 +1,4 @@
-"""Comparison of three models: average certified radius 0.25, 0.11 and 1.32 at sigma = 0.5.
+"""Comparison of three models: 6.6, 3.0 and 85.6 % proven correct within l2 distance 1.
 
 Command: python main_compare.py, after the three scripts that train the models.
 

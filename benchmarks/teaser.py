@@ -139,7 +139,9 @@ def _draw_attack(figure, image, attacked, readings, label: int) -> None:
     color, caption = _verdict_color(before, label), f"reads {before}, {sure:.1%} sure"
     _digit(figure, (0.215, 0.2, 0.155), image, caption, color)
     signed = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    _digit(figure, (0.42, 0.2, 0.155), change, f"change, {1 / limit:.0f} times as strong", **signed)
+    _digit(
+        figure, (0.42, 0.2, 0.155), change, f"change (red: more ink), x {1 / limit:.0f}", **signed
+    )
     color, caption = _verdict_color(after, label), f"reads {after}, {fooled:.1%} sure"
     _digit(figure, (0.635, 0.2, 0.155), attacked, caption, color)
 
@@ -150,10 +152,11 @@ def _draw_vote(figure, image, copies, votes, radius: float, label: int) -> None:
         "Smoothing",
         f"{sum(votes):,} noisy copies\nvote, and the vote\nproves a radius.",
         {0.395: r"$\rightarrow$", 0.8: r"$\rightarrow$"},
-        f"every image within\n$\\ell_2$ distance {round_down(radius, 2)}\nis read as {label},\n"
-        "whatever the attack",
+        f"every image within\n$\\ell_2$ distance {round_down(radius, 2)}\n"
+        f"is voted a {label} too,\nwhatever the attack",
     )
-    norm = "$\\ell_2$: root of the summed squares of the pixels' changes, black to white 1"
+    norm = "$\\ell_2$: root of the summed squares of the changes; full ink is 1. "
+    norm += "The proof is wrong with a chance of at most 0.1 %."
     figure.text(0.01, 0.03, norm, **SMALL)
     _digit(figure, (0.215, 0.2, 0.155), image, "the same digit")
     for position, (copy, guess) in enumerate(copies):

@@ -144,7 +144,8 @@ def check_count(name: str, value: int, minimum: int = 1) -> None:
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Put every submodule in evaluation mode, and back in its own mode afterwards.
 
-    `model.train(mode)` would give all submodules one mode, also those that a user has frozen.
+    Unlike `model.train(mode)` afterwards, which would give all submodules one mode, also those that
+    a user has frozen.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

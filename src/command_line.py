@@ -223,7 +223,9 @@ def share(text: str) -> tuple[int, int]:
     """Type of an option: "k/n" as (k, n), 1 <= k <= n, 2 <= n."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts) >= 2):
-        raise argparse.ArgumentTypeError(f"{text} is not of the form k/n with 1 <= k <= n, 2 <= n")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not of the form k/n with 1 <= k <= n and at least two parts"
+        )
     return int(part), int(parts)
 
 

@@ -22,7 +22,7 @@ _warned: ContextVar[list | None] = ContextVar("warned", default=None)
 
 @contextmanager
 def with_gradients() -> Iterator[None]:
-    """Switch gradients on, whatever the caller switched off; warn only once if there are none."""
+    """Switch gradients on, whatever the caller switched off. A missing one is warned of once."""
     outermost = _warned.set([]) if _warned.get() is None else None
     try:
         # It undoes no_grad as well.

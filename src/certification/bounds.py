@@ -241,9 +241,9 @@ def maximum_radius(sigma, trials, alpha):
 def abstain_p_value(top, second):
     """Two-sided binomial test that two classes are equally likely (PREDICT, Cohen et al.).
 
-    PREDICT abstains if it exceeds alpha. `top` and `second`, whole numbers of at least 0, are the
-    votes for the two leading classes, in any order. Returns float64 in [0, 1], of the broadcast
-    shape, rounded up; 1 if neither class has a vote.
+    PREDICT abstains if the p-value exceeds alpha. `top` and `second`, whole numbers of at least 0,
+    are the votes for the two leading classes, in any order. Returns float64 in [0, 1], of the
+    broadcast shape; 1 if neither class has a vote. Rounded up: rounding never decides for a class.
     """
     top, second = check_whole("top", top), check_whole("second", second)
     _check_trials("top", top + second)

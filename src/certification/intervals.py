@@ -100,10 +100,10 @@ def median_interval(values, confidence=0.95):
 
 
 def possibly_certified(top_count, trials, prediction, label, at, sigma, alpha):
-    """Whether the votes allow that the label's probability under noise is Phi(at / sigma) or more.
+    """False if the votes refute that an image could be certified at the radius `at`.
 
-    With that probability, and unlimited draws, the image would be certified at the radius `at`.
-    If the label has it, the chance of answering False is at most `alpha`, over the draws.
+    With unlimited draws it would be, if the label's probability under noise is Phi(at / sigma) or
+    more. If it is, the chance of answering False is at most `alpha`, over the draws.
 
     Args:
         top_count, trials: votes for the selected class, and draws in all.

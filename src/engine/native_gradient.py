@@ -35,6 +35,7 @@ class AttackedConvNN(NativeConvNN):
         self.back_scratch_size = library.gradients_scratch_size(*self.widths)
 
     def convolve(self, images: Tensor) -> Tensor:
+        """Features (B, 49 * channels) of images, with gradients back to them."""
         return _Convolutions.apply(images, self)
 
     def gradients(self, images: Tensor, features: Tensor, slope: Tensor) -> Tensor:

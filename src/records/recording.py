@@ -157,8 +157,13 @@ def _check_same_run(path: Path, made: Mapping, settings: Mapping) -> None:
     made, settings = ({"num_classes": NUM_CLASSES} | dict(given) for given in (made, settings))
     different = sorted(k for k in made.keys() | settings.keys() if made.get(k) != settings.get(k))
     if different:
-        was = ", ".join(f"{key} was {made.get(key)}, is {settings.get(key)}" for key in different)
-        raise ValueError(f"{path} cannot be resumed, since this run differs: {was}.")
+        # Of a digest the beginning says enough.
+        values = ([str(of.get(key))[:12] for key in different] for of in (made, settings))
+        was = (f"{key} was {a}, is {b}" for key, a, b in zip(different, *values, strict=True))
+        raise ValueError(
+            f"{path} cannot be resumed, since this run differs: {', '.join(was)}; "
+            "choose another folder, or leave out --resume."
+        )
 
 
 def _misplaced(rows: Sequence[Mapping], indices, labels) -> list[str]:
