@@ -27,7 +27,7 @@ def test_picture_of_both_halves_says_what_was_computed(tmp_path, monkeypatch):
     written = [axes.get_xlabel() for axes in figure.axes]
     assert written[:3] == [
         "reads 5, 99.7% sure",
-        "change, 100 times as strong",
+        "change (red: more ink), x 100",
         "reads 3, 99.9% sure",
     ]
     assert written[4:12] == ["3", *7 * ["5"]]
