@@ -16,7 +16,6 @@ from src.training_and_evaluation import correct
 from src.utils import subset
 from tests.helpers import halves
 from tests.robustness.test_checklist import Between, Counts, hits_of, quantised
-from tests.robustness.test_fixed_radii import untrained  # noqa: F401
 
 RADII = (("linf", 0.1), ("linf", 0.2), ("l2", 1.0), ("l2", 2.0))
 
@@ -48,7 +47,7 @@ def test_the_words_are_the_same_with_and_without_torch():
     assert WORST == WORST_KNOWN
 
 
-def test_table_and_curve_of_the_same_images_agree(untrained):  # noqa: F811
+def test_table_and_curve_of_the_same_images_agree(untrained):
     model, dataset = untrained
     found = attack_evaluation(model, dataset, range(40), range(40), steps=2, radii=RADII)
     worst, on_curve = check(found, 2)
@@ -56,7 +55,7 @@ def test_table_and_curve_of_the_same_images_agree(untrained):  # noqa: F811
     assert 0 < min(worst.values()) < max(worst.values()) < 40 or min(worst.values()) == 0
 
 
-def test_images_of_the_curve_need_not_be_those_of_the_table(untrained):  # noqa: F811
+def test_images_of_the_curve_need_not_be_those_of_the_table(untrained):
     model, dataset = untrained
     # Not in order, and some in one of the two only.
     table, curve = [30, 2, 7, 11, 12], [12, 5, 30, 7]
@@ -138,7 +137,9 @@ def test_a_sample_that_shows_a_stronger_attack_is_followed_by_all_images():
     assert tried == [200]
 
 
-def test_the_attack_behind_the_ramp_is_tried_on_networks_with_thresholds(monkeypatch, untrained):  # noqa: F811
+def test_the_attack_behind_the_thresholds_is_tried_on_networks_with_thresholds(
+    monkeypatch, untrained
+):
     torch.manual_seed(0)
     model = ConvNN((2, 3), thresholds=(0.4, 0.6)).eval()
     images = torch.rand(30, 1, 28, 28)

@@ -5,25 +5,11 @@ from functools import partial
 import pytest
 import torch
 from scipy.stats import binom
-from torch.utils.data import TensorDataset
 
 from src.attacks import gradient_attack, pgd_attack
 from src.certification.intervals import accuracy_interval
-from src.models import ConvNN
 from src.robustness.fixed_radii import RADII, accuracy_row, attack_hits, table_rows
 from src.training_and_evaluation import accuracy
-
-
-@pytest.fixture(scope="module")
-def untrained():
-    """A network that misleads single steps, and labels of which it gets most right."""
-    torch.manual_seed(0)
-    model = ConvNN((2, 3)).eval()
-    images = torch.rand(40, 1, 28, 28)
-    model.output.bias.data -= model(images).mean(dim=0)
-    labels = model(images).argmax(dim=1).detach()
-    labels[:5] = (labels[:5] + 1) % 10
-    return model, TensorDataset(images, labels)
 
 
 def test_table_agrees_with_accuracy(untrained):
