@@ -22,8 +22,8 @@ also on another device or in other batches, which the twin notes. The images com
 harder than its second. `--strongest` adds a column of our own `strongest_attack`, from the clean
 images.
 
-Measured on networks of two epochs, first images of the test set: linf 0.3 without a ramp, 500
-images, AutoAttack leaves 62.8 %, ours 62.4 %; l2 2.0 with a ramp, 200 images, AutoAttack leaves
+Measured on networks of two epochs, first images of the test set: linf 0.3 without thresholds, 500
+images, AutoAttack leaves 62.8 %, ours 62.4 %; l2 2.0 with thresholds, 200 images, AutoAttack leaves
 51.0 %, ours 3.5 %; l2 2.0 without one, 200 images on which nothing was chosen, AutoAttack leaves
 50.0 %, ours 49.0 %. In the first two ours had one start per target, not yet two. The four
 attacks take 0.3 s of one core for an image that stands, all of it 1.1 s with 32-64 channels. On an

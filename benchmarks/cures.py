@@ -123,10 +123,10 @@ def cures(seed: int) -> dict[str, tuple]:
     }
 
 
-def growing(loss: Callable, ramp: float) -> Callable:
-    """A `loss_schedule` whose epsilon grows over the first `ramp`, if that is not 0."""
+def growing(loss: Callable, warmup: float) -> Callable:
+    """A `loss_schedule` whose epsilon grows over the first `warmup`, if that is not 0."""
     return lambda progress: partial(
-        loss, epsilon=EPSILON * (min(progress / ramp, 1.0) if ramp else 1.0)
+        loss, epsilon=EPSILON * (min(progress / warmup, 1.0) if warmup else 1.0)
     )
 
 
@@ -135,7 +135,7 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
     torch.set_num_threads(1)
     train, held_out, test = load_training_data("data", 5000)
     judged = subset(test, range(0, 20 * images, 20))
-    loss, architecture, options, ramp = cures(seed)[cure]
+    loss, architecture, options, warmup = cures(seed)[cure]
     seed_everything(seed)
     model = ConvNN(hidden=100, **architecture)
     start = time.process_time()
@@ -144,7 +144,7 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
         train,
         epochs=epochs,
         seed=seed,
-        loss_schedule=growing(loss, ramp),
+        loss_schedule=growing(loss, warmup),
         watch=held_out_watch(spread(held_out, 500), EPSILON, "linf"),
         progress=False,
         **options,
@@ -153,7 +153,7 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
     ours = list(hits_by_stage(model, judged, EPSILON, progress=False).values())[-1]
     left = subset(judged, ours.nonzero()[:, 0])
     hits = autoattack.attacked(model, left, REFEREE, autoattack.AUTOATTACK)
-    collapsed = collapsed_epochs(history["epochs"], warmup=ramp)
+    collapsed = collapsed_epochs(history["epochs"], warmup=warmup)
     return {
         "cure": cure,
         "seed": seed,

@@ -262,7 +262,7 @@ def test_checkpoints_of_the_comparison_may_lie_anywhere(finished, tmp_path):
         ([], 0.3, [0.4, 0.6]),
         (["--no-thresholds"], 0.3, None),
         (["--thresholds", "0.3", "0.7", "--epsilon", "0.2"], 0.2, [0.3, 0.7]),
-        # A ramp does not withstand in l2 what it withstands in linf.
+        # Thresholds do not withstand in l2 what they withstand in linf.
         (["--norm", "l2"], 2.0, None),
         (["--norm", "l2", "--thresholds", "0.4", "0.6", "--epsilon", "1"], 1.0, [0.4, 0.6]),
     ],

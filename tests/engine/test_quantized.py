@@ -76,7 +76,7 @@ def test_what_is_added_up_in_16_bits():
 
 @pytest.mark.parametrize("precision", INTEGERS)
 def test_pixels_beyond_sixteen_are_cut(network, precision):
-    # With a ramp nothing is beyond: its own ends cut first.
+    # With thresholds nothing is beyond: they cut first.
     images = images_of(4)
     images[:, 0, 5:9, 5:9] = 15.9999
     further = images.clone()

@@ -42,7 +42,7 @@ BALLS = [("linf", 0.1), ("linf", 0.45), ("l2", 1.0), ("l2", 4.0)]
 
 
 class RampedLinear(Linear):
-    """A linear network behind a ramp: what can be reached there is known."""
+    """A linear network behind thresholds: what can be reached there is known."""
 
     def __init__(self, classes=2, scale=1.0, seed=0, thresholds=THRESHOLDS):
         super().__init__(classes, scale, seed)
@@ -302,7 +302,7 @@ def test_restarts_keep_the_worst(attack, norm, epsilon):
 
 
 class Ramped(nn.Module):
-    """Another network behind a ramp of its own."""
+    """Another network behind thresholds of its own."""
 
     def __init__(self, model, thresholds=(0.3, 0.7)):
         super().__init__()
