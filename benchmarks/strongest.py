@@ -12,9 +12,9 @@ cross-entropy; and, with --peer, a network trained by others with PGD-40 in linf
 AutoAttack is that of benchmarks/autoattack.py, which says what it needs. Ours is
 strongest_attack at its defaults: Auto-PGD on the cross-entropy, on the margin from five starts
 and towards nine classes from two, 100 steps each, then Square with 5,000 queries; no FAB, but it
-knows the thresholds. Neither sees the other's points; both attack the first --images in the order 0, 20,
-40, ..., 1, 21, ...; `both` is what stands after the one and the other. A network's row is written
-to --rows as soon as it is finished and not made again.
+knows the thresholds. Neither sees the other's points; both attack the first --images in the
+order 0, 20, 40, ..., 1, 21, ...; `both` is what stands after the one and the other. A network's
+row is written to --rows as soon as it is finished and not made again.
 
 Run: python -m benchmarks.strongest --rows results/strongest.csv \\
          --peer advertorch-0.2.3/advertorch_examples/trained_models/mnist_lenet5_advtrained.pt

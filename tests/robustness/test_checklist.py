@@ -246,7 +246,7 @@ def test_the_ball_with_the_most_images_is_named_not_that_with_the_largest_share(
 
 
 class Counts(nn.Module):
-    """Class 1 where more than `least` pixels are white, behind thresholds with a gradient of one."""
+    """Class 1 where more than `least` pixels are white, behind thresholds with gradient one."""
 
     least = 6.5
 
