@@ -601,8 +601,8 @@ SURROUNDINGS = {
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(MODEL_FILES)])
 def test_make_model_trains_what_the_checkpoint_says(name):
-    # -n runs nothing; -o takes the environment as it is.
-    make = ["make", "-n", "-o", ".venv/ready", "model", f"NAME={name}"]
+    # -n runs nothing; -o takes the environment as it is. Inside `make test` it is a make in a make.
+    make = ["make", "-n", "--no-print-directory", "-o", ".venv/ready", "model", f"NAME={name}"]
     shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     script, words = re.search(r"(main_\w+)\.py ([^|&]*)$", shown.replace("\\\n", " ")).groups()
     facts = load(name).facts["options"]
