@@ -63,7 +63,7 @@ def main(argv=None):
                 precision=args.precision,
                 facts=facts,
                 shard=shard,
-                **{name: getattr(args, name) for name in ("n0", "n", "alpha", "seed", "two_sided")},
+                **{name: getattr(args, name) for name in ("n0", "n", "alpha", "seed")},
                 resume=resume,
             )
             wait_for_all()
@@ -127,8 +127,6 @@ def option_parser():
     add("--alpha", type=number(0, 1), default=0.001, help=odds)
     votes = "precision of the votes; default: int8 if all models can, else float32"
     add("--precision", choices=PRECISIONS, help=votes)
-    both = "also bound the other classes, which gives a second radius in its own columns"
-    add("--two-sided", action="store_true", help=both)
     attacked = "attack this many certificates of each model (50 if no number is given)"
     add("--challenge", type=count(0), nargs="?", const=50, default=0, help=attacked)
     add("--shard", type=share, help="k/n: certify the k-th of n parts of the images, then stop")

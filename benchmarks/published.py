@@ -76,7 +76,7 @@ def published_curves(sigma: float, path: Path, images: int = 500) -> dict[str, d
 def published_lines(
     sigma: float, ours: Mapping[str, Sequence[Mapping]], published: Mapping[str, Mapping]
 ) -> str:
-    """The table: average certified radius, certified % at each radius, ours two-sided last."""
+    """The table: average radius and certified % at each radius by CERTIFY, our tightest last."""
     radii = list(next(iter(published.values()))["curve"])
     lines = [
         (name, method["acr"], *(f"{100 * share:.1f}" for share in method["curve"].values()), "")
@@ -93,15 +93,18 @@ def published_lines(
             acr, *_, tight = measured.std(axis=0, ddof=1)
             blank = [""] * len(shares)
             lines.append(("  standard deviation", f"{acr:.4f}", *blank, f"{tight:.4f}"))
-    first = f"sigma = {sigma:g}, {len(next(iter(ours.values()))):,} images"
-    header = (first, "ACR", *(f"r={at:g}" for at in radii), "two-sided")
+    rows = next(iter(ours.values()))
+    last = "tightest" if "radius_tight" in rows[0] else "two-sided"
+    first = f"sigma = {sigma:g}, {len(rows):,} images"
+    header = (first, "ACR", *(f"r={at:g}" for at in radii), last)
     return format_table(header, lines)
 
 
 def _figures(rows: Sequence[Mapping], radii: Sequence[float]) -> list[float]:
-    """Average certified radius, certified % at each radius, the average two-sided radius."""
-    summary = summarise(rows, radii)
-    tight = summarise([{**row, "radius": row["radius_two_sided"]} for row in rows], ())
+    """Average radius and certified % at each radius by CERTIFY; average tightest radius."""
+    summary = summarise(rows, radii, "radius")
+    # Rows of older releases have another radius from bounds on both sides.
+    tight = summarise(rows, (), "radius_tight" if "radius_tight" in rows[0] else "radius_two_sided")
     shares = (100 * share for share, _, _ in summary["certified"].values())
     return [summary["acr"], *shares, tight["acr"]]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.certification import bounds, stopping
+from src.certification import bounds, stopping, tightest
 from src.checks import check_count, check_images, check_number, check_shape
 from src.engine import forms
 from src.engine.parts import apply_thresholds, check_precision
@@ -115,20 +115,22 @@ class Certificate(NamedTuple):
     """What `certify` returns: one entry per image, on the CPU."""
 
     prediction: Tensor  # int64, the class, or ABSTAIN
-    radius: Tensor  # float64, l2 in pixel units, 0 when abstaining
+    radius: Tensor  # float64, that of CERTIFY, l2 in pixel units, 0 when abstaining
+    radius_tight: Tensor  # float64, the tightest sound one, by the test that was chosen
     top_count: Tensor  # int64, votes of the selected class among the n
     p_lower: Tensor  # float64, lower confidence bound of that class's probability
     rival_count: Tensor  # int64, most votes of any other class
-    radius_two_sided: Tensor  # float64, a certificate of its own from the same votes
+    test: Tensor  # int8, sides of the test behind `radius_tight`: 1 or 2
 
     def __repr__(self) -> str:
         """A line per image; radii and probabilities are rounded down."""
-        lines = ["class  radius  votes for it  probability at least"]
-        columns = (field.reshape(-1).tolist() for field in self[:4])
-        for label, radius, votes, p in zip(*columns, strict=True):
+        lines = ["class  radius  by CERTIFY  votes for it  probability at least"]
+        columns = (field.reshape(-1).tolist() for field in self[:5])
+        for label, *radii, votes, p in zip(*columns, strict=True):
             name = "none" if label == ABSTAIN else label
-            radius, p = math.floor(radius * 1000) / 1000, math.floor(p * 1e6) / 1e6
-            lines.append(f"{name:>5}  {radius:6.3f}  {votes:12,}  {p:.6f}")
+            plain, tight = (math.floor(radius * 1000) / 1000 for radius in radii)
+            p = math.floor(p * 1e6) / 1e6
+            lines.append(f"{name:>5}  {tight:6.3f}  {plain:10.3f}  {votes:12,}  {p:.6f}")
         return "\n".join(lines)
 
 
@@ -220,7 +222,7 @@ class SmoothClassifier(nn.Module):
             ValueError: for an argument out of its range.
         """
         check_count("n", n)
-        check_open_unit("alpha", alpha)
+        alpha = self._left_of(alpha, images, n)
         predictions = []
         with self._noisy(images, seed, indices, batch_size) as (noisy_images, workers):
             for noisy in noisy_images:
@@ -247,14 +249,18 @@ class SmoothClassifier(nn.Module):
         For each image alone, over the draws of noise, the chance of returning a radius within
         which the smoothed prediction changes is at most `alpha`.
 
-        `radius_two_sided` also bounds every other class from above, and splits `alpha` between
-        the bounds (equation 3 there; `two_sided_bounds`). It is a certificate of its own: to take
-        the larger of the two radii costs twice `alpha`. It is 0 where CERTIFY abstains.
+        `prediction`, `radius` and `p_lower` are those of CERTIFY. `radius_tight` has the same
+        guarantee by itself and is often larger: the `n0` copies also choose, before the fresh ones
+        are seen, whether to spend `alpha` on the class alone or to bound its strongest rival too
+        (equation 3 there; `choose_test`). It is 0 where CERTIFY abstains. So the prediction and
+        `radius_tight` hold together at `alpha`: where the class selected is not g(x), any claim
+        needs CERTIFY's test to pass, and where it is, only `radius_tight` can be false. To take the
+        larger of the two radii costs up to 1.5 `alpha`.
 
         Args:
             n0: noisy copies that choose the class.
             n: noisy copies that bound its probability.
-            alpha: one minus the confidence of the bound.
+            alpha: chance of a false certificate; it also pays for `sampler_cost`.
             images, batch_size, seed, indices: as for `predict`.
 
         Returns:
@@ -266,27 +272,69 @@ class SmoothClassifier(nn.Module):
         """
         check_count("n0", n0)
         check_count("n", n)
+        alpha = self._left_of(alpha, images, n0 + n)
         bounds.minimum_successes(n, alpha)  # Refuses an n that could not certify anything.
         certificates = []
         with self._noisy(images, seed, indices, batch_size) as (noisy_images, workers):
             for noisy in noisy_images:
-                top = noisy.votes("select", n0, workers).argmax()
+                first = noisy.votes("select", n0, workers)
                 # Fresh draws: bounding the counts that chose the class would bias p_A upwards.
                 counts = noisy.votes("estimate", n, workers)
-                certificates.append(self._certificate(top, counts, n, alpha))
-        return Certificate(*_columns(certificates, (int, float) * 3, images))
+                certificates.append(self._certificate(first, counts, n0, n, alpha))
+        types = (int, float, float, int, float, int, torch.int8)
+        return Certificate(*_columns(certificates, types, images))
 
-    def _certificate(self, top: int, counts: np.ndarray, n: int, alpha: float) -> tuple:
-        """The entries of a Certificate from the class selected and the votes (num_classes,)."""
-        top_count, rival_count = counts[top], np.delete(counts, top).max()
+    def sampler_cost(self, pixels: int, draws: int) -> float:
+        """What `draws` copies of an image take from alpha: the sampler's distance from its law."""
+        return 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the votes are the same on every machine."""
+        return False
+
+    def _left_of(self, alpha: float, images: Tensor, draws: int) -> float:
+        """`alpha` less what the sampler costs; ValueError if nothing is left."""
+        check_open_unit("alpha", alpha)
+        check_images(images, dims=(3, 4))
+        cost = self.sampler_cost(images.shape[-3:].numel(), draws)
+        if cost >= alpha:
+            raise ValueError(
+                f"'alpha' = {alpha:g} does not cover the {cost:.2g} that the sampler costs; "
+                "use a larger alpha or fewer copies."
+            )
+        return alpha - cost
+
+    def _certificate(
+        self,
+        first: np.ndarray,
+        counts: np.ndarray,
+        n0: int,
+        n: int,
+        alpha: float,
+        distance: float = 0.0,
+    ) -> tuple:
+        """The entries of a Certificate.
+
+        Args:
+            first: votes (num_classes,) of the `n0` copies that choose the class and the test.
+            counts: votes (num_classes,) of the `n` fresh copies.
+            alpha: what these votes may spend.
+            distance: l2, from the image to the point that was voted on; both radii lose it.
+        """
+        top = first.argmax()
+        rival_count, top_count = np.delete(counts, top).max(), counts[top]
+        leads = first[top], np.delete(first, top).max()
+        test = tightest.choose_test(*leads, n0, n, alpha, self.num_classes)
+        sides = 2 if test == tightest.TWO_SIDED else 1
         # This is where alpha is spent.
         p_lower = bounds.lower_confidence_bound(top_count, n, alpha)
-        if p_lower <= 0.5:
-            return ABSTAIN, 0.0, top_count, p_lower, rival_count, 0.0
-        radius = bounds.certified_radius(p_lower, self.sigma)
-        both = bounds.two_sided_bounds(top_count, rival_count, n, alpha, self.num_classes)
-        two_sided = bounds.two_sided_radius(*both, self.sigma)
-        return top, radius, top_count, p_lower, rival_count, two_sided
+        votes = (top_count, rival_count, n, alpha, self.sigma)
+        radius = _shortened(bounds.certified_radius(p_lower, self.sigma), distance)
+        tight = _shortened(tightest.tight_radius(test, *votes), distance)
+        if p_lower <= 0.5 or (distance and radius == 0):
+            return ABSTAIN, 0.0, 0.0, top_count, p_lower, rival_count, sides
+        return top, radius, tight, top_count, p_lower, rival_count, sides
 
     def certify_radius(
         self,
@@ -326,6 +374,7 @@ class SmoothClassifier(nn.Module):
         check_count("max_n", max_n)
         if radius > 7 * self.sigma:
             raise ValueError(f"'radius' = {radius:g} is beyond 7 sigma, out of reach of any draws.")
+        alpha = self._left_of(alpha, images, n0 + max_n)
         p0 = float(bounds.required_probability(radius, self.sigma))
         looks = stopping.look_schedule(max_n, p0, alpha)
 
@@ -375,6 +424,11 @@ class SmoothClassifier(nn.Module):
                 ],
                 workers,
             )
+
+
+def _shortened(radius: float, distance: float) -> float:
+    """`radius - distance`, rounded down, at least 0."""
+    return max(math.nextafter(radius - distance, -math.inf), 0.0) if distance else radius
 
 
 def _columns(rows: list, types: tuple[type, ...], images: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import attacked_batch
+from src.certification import ONE_SIDED, TWO_SIDED
 from src.checks import (
     check_classes,
     check_count,
@@ -307,7 +308,6 @@ def evaluate_robustness(
     batch_size: int | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-    two_sided: bool = False,
     progress: bool = True,
 ) -> Iterator[dict]:
     """Certify every image of a data set. The iterator gives one row per image, once it is done.
@@ -317,13 +317,12 @@ def evaluate_robustness(
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         n0, n, alpha, batch_size, seed: as for `SmoothClassifier.certify`.
         indices: numbers of the images of `dataset` to certify; default: all.
-        two_sided: give the certificate from bounds on both sides as well.
         progress: show a progress bar.
 
     Returns:
         An iterator of dictionaries with the columns of the result rows: `index`, `label`,
-        `prediction`, `correct` (0 or 1), `radius`, `p_lower`, `top_count`, `n0`, `n`, `alpha`,
-        `sigma`, `seed`; with `two_sided` also `rival_count` and `radius_two_sided`.
+        `prediction`, `correct` (0 or 1), `radius`, `p_lower`, `top_count`, `rival_count`,
+        `radius_tight`, `test` ("one-sided" or "two-sided"), `n0`, `n`, `alpha`, `sigma`, `seed`.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -343,15 +342,15 @@ def evaluate_robustness(
         bar = progress_bar(progress, indices, desc="certifying", unit="image")
         for index, image, label in zip(bar, images, labels.tolist(), strict=True):
             certificate = smooth_classifier.certify(image, **options, indices=[index])
-            yield _certificate_row(int(index), label, certificate, settings, two_sided)
+            yield _certificate_row(int(index), label, certificate, settings)
 
     return rows()
 
 
-def _certificate_row(index: int, label: int, certificate, settings: dict, two_sided: bool) -> dict:
+def _certificate_row(index: int, label: int, certificate, settings: dict) -> dict:
     """The columns of one image's result row."""
     prediction = int(certificate.prediction)
-    row = {
+    return {
         "index": index,
         "label": label,
         "prediction": prediction,
@@ -359,9 +358,8 @@ def _certificate_row(index: int, label: int, certificate, settings: dict, two_si
         "radius": float(certificate.radius),
         "p_lower": float(certificate.p_lower),
         "top_count": int(certificate.top_count),
+        "rival_count": int(certificate.rival_count),
+        "radius_tight": float(certificate.radius_tight),
+        "test": TWO_SIDED if certificate.test == 2 else ONE_SIDED,
         **settings,
     }
-    if two_sided:
-        row["rival_count"] = int(certificate.rival_count)
-        row["radius_two_sided"] = float(certificate.radius_two_sided)
-    return row

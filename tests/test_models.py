@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from scipy.stats import kstest, norm
 from torch import nn
 
 from src.certification import (
+    ONE_SIDED,
+    TWO_SIDED,
     certified_radius,
     lower_confidence_bound,
     required_probability,
-    two_sided_bounds,
-    two_sided_radius,
+    tight_radius,
 )
 from src.certification.stopping import CERTIFY, REJECT, look_schedule, mixture_decision
 from src.engine.parts import PRECISIONS
@@ -293,16 +295,21 @@ def test_half_of_the_votes_certify_nothing():
 # --- Not a number ---------------------------------------------------------------------------
 
 
+def votes_of(certificate):
+    return certificate.top_count.numpy(), certificate.rival_count.numpy()
+
+
 @pytest.mark.parametrize("loser", [(1.0, torch.nan, 0.0), (torch.nan,) * 3, (torch.nan, 9.0, 9.0)])
 def test_a_nan_is_a_vote_against_every_class(loser):
     def certify(loser):
         return SmoothClassifier(FirstPixel(0.9, loser=loser), 1.0, 3).certify(GREY, n=500)
 
     void, voted = certify(loser), certify((0.0, 1.0, 0.0))
-    assert equal(void[:4], voted[:4])
+    for field in ("prediction", "radius", "top_count", "p_lower"):
+        assert getattr(void, field) == getattr(voted, field)
     # Void votes help no rival.
     assert void.rival_count <= voted.rival_count == 500 - voted.top_count
-    assert void.radius_two_sided >= voted.radius_two_sided
+    assert void.radius_tight >= tight_radius(TWO_SIDED, *votes_of(voted), 500, 0.001, 0.5)
 
 
 @pytest.mark.parametrize("other", [(torch.nan, 0.0), (torch.nan, torch.nan)])
@@ -310,7 +317,8 @@ def test_nothing_but_nans_abstains(other):
     smooth = SmoothClassifier(Halfspace(GREY, 0.0, other), 0.5, 3)
     certificate = smooth.certify(images_of(2), n=200)
     assert certificate.prediction.tolist() == [ABSTAIN] * 2
-    assert all((values == 0).all() for values in certificate[1:])
+    assert all((values == 0).all() for values in certificate[1:-1])
+    assert certificate.test.tolist() == [1, 1]
     assert smooth.predict(images_of(2)).tolist() == [ABSTAIN] * 2
 
 
@@ -323,11 +331,11 @@ def test_answers_have_the_shape_and_types_of_the_contract(network, count):
     smooth = SmoothClassifier(network, 0.5)
     certificate, prediction = smooth.certify(images, n0=5, n=20), smooth.predict(images, n=20)
     assert isinstance(certificate, Certificate)
-    assert certificate._fields[:4] == ("prediction", "radius", "top_count", "p_lower")
-    assert certificate._fields[4:] == ("rival_count", "radius_two_sided")
+    names = ("prediction", "radius", "radius_tight", "top_count", "p_lower", "rival_count", "test")
+    assert certificate._fields == names
     dtypes = [values.dtype for values in (*certificate, prediction)]
     whole, real = torch.int64, torch.float64
-    assert dtypes == [whole, real, whole, real, whole, real, whole]
+    assert dtypes == [whole, real, real, whole, real, whole, torch.int8, whole]
     shape = () if count is None else (count,)
     assert all(values.shape == shape for values in (*certificate, prediction))
 
@@ -336,16 +344,17 @@ def test_a_certificate_reads_as_a_line_per_image_rounded_down():
     fields = [
         torch.tensor([3, ABSTAIN, 7]),
         torch.tensor([0.99999, 0.0, 1.2345], dtype=torch.float64),
+        torch.tensor([1.1, 0.0, 1.29999], dtype=torch.float64),
         torch.tensor([100_000, 48_210, 999]),
         torch.tensor([0.99993092, 0.4786, 0.9919999], dtype=torch.float64),
         torch.tensor([0, 40_000, 1]),
-        torch.tensor([1.1, 0.0, 1.3], dtype=torch.float64),
+        torch.tensor([2, 1, 2], dtype=torch.int8),
     ]
     lines = [
-        "class  radius  votes for it  probability at least",
-        "    3   0.999       100,000  0.999930",
-        " none   0.000        48,210  0.478600",
-        "    7   1.234           999  0.991999",
+        "class  radius  by CERTIFY  votes for it  probability at least",
+        "    3   1.100       0.999       100,000  0.999930",
+        " none   0.000       0.000        48,210  0.478600",
+        "    7   1.299       1.234           999  0.991999",
     ]
     assert repr(Certificate(*fields)).splitlines() == lines
     for index, line in enumerate(lines[1:]):
@@ -358,9 +367,11 @@ def test_a_certificate_reads_as_a_line_per_image_rounded_down():
     sure = SmoothClassifier(FirstPixel(0.97), 1.0, 3).certify(images_of(20), n0=20, n=200)
     shown = [line.split() for line in repr(sure).splitlines()[1:]]
     assert len(shown) == 20
-    for line, radius, p in zip(shown, sure.radius.tolist(), sure.p_lower.tolist(), strict=True):
-        assert radius - 1e-3 < float(line[1]) <= radius
-        assert p - 1e-6 < float(line[3]) <= p
+    columns = zip(sure.radius_tight, sure.radius, sure.p_lower, strict=True)
+    for line, (tight, radius, p) in zip(shown, columns, strict=True):
+        assert tight - 1e-3 < float(line[1]) <= tight
+        assert radius - 1e-3 < float(line[2]) <= radius
+        assert p - 1e-6 < float(line[4]) <= p
 
 
 def test_too_few_draws_are_refused_with_the_number_that_would_do():
@@ -427,15 +438,15 @@ def test_votes_of_an_image_depend_on_the_seed_and_its_index_only(network, wrap):
 
     whole = run(images)
     # Neither unanimous nor empty: otherwise the comparisons would be of nothing.
-    assert (whole[2] < 300).all()
-    assert len(whole[2].unique()) > 2
+    assert (whole[3] < 300).all()
+    assert len(whole[3].unique()) > 2
     for batch_size in (3, 128, 1000):
         assert equal(run(images, batch_size=batch_size), whole)
     order = torch.tensor([3, 0, 4])
     assert equal(run(images[order], indices=order), [values[order] for values in whole])
     assert equal(run(images[2], indices=[2]), [values[2] for values in whole])
-    assert not torch.equal(run(images, seed=1)[2], whole[2])
-    assert not torch.equal(run(images, indices=range(5, 10))[2], whole[2])
+    assert not torch.equal(run(images, seed=1)[3], whole[3])
+    assert not torch.equal(run(images, indices=range(5, 10))[3], whole[3])
 
 
 def test_votes_do_not_depend_on_the_number_of_threads(network):
@@ -558,19 +569,78 @@ def test_forward_adds_one_draw_of_global_noise_to_each_image(sigma, training):
     assert base[1].bias.grad is not None
 
 
-# --- Two-sided certificates, and those of one radius ----------------------------------------
+# --- Both radii, and certificates of one radius ---------------------------------------------
 
 
 def test_both_radii_follow_from_the_same_votes(network):
     smooth = SmoothClassifier(network, 1.0)
     certificate = smooth.certify(images_of(20), n0=50, n=1000, alpha=0.01)
-    top, rival = certificate.top_count.numpy(), certificate.rival_count.numpy()
+    top, rival = votes_of(certificate)
     assert ((rival > 0) & (top + rival < 1000)).any()
+    test = np.array([ONE_SIDED, TWO_SIDED])[certificate.test.numpy() - 1]
     plain = certified_radius(lower_confidence_bound(top, 1000, 0.01), 1.0)
-    tight = two_sided_radius(*two_sided_bounds(top, rival, 1000, 0.01, 10), 1.0)
+    tight = tight_radius(test, top, rival, 1000, 0.01, 1.0)
     stands = certificate.prediction.numpy() != ABSTAIN
     assert np.array_equal(certificate.radius.numpy(), np.where(stands, plain, 0))
-    assert np.array_equal(certificate.radius_two_sided.numpy(), np.where(stands, tight, 0))
+    assert np.array_equal(certificate.radius_tight.numpy(), np.where(stands, tight, 0))
+
+
+def certificate_of(first, counts, alpha=0.001, distance=0.0):
+    """The entries of the certificate that these votes give, at sigma = 0.5."""
+    smooth = SmoothClassifier(Recorder(), 0.5, len(first))
+    entries = smooth._certificate(
+        np.array(first), np.array(counts), sum(first), 100_000, alpha, distance
+    )
+    return dict(zip(Certificate._fields, entries, strict=True))
+
+
+def test_the_first_votes_choose_class_and_test_whatever_the_fresh_ones_are():
+    fresh = [80_000, 15_000, 5000]
+    two, one = certificate_of([90, 5, 5], fresh), certificate_of([100, 0, 0], fresh)
+    assert (one["test"], two["test"]) == (1, 2)
+    assert one["radius"] == two["radius"] == one["radius_tight"]
+    assert two["radius_tight"] == tight_radius(TWO_SIDED, 80_000, 15_000, 100_000, 0.001, 0.5)
+    assert two["radius_tight"] == pytest.approx(0.9236 / 2, abs=5e-5)
+    # Class 1 has hardly any of the fresh votes, and nothing else may be claimed in its place.
+    lost = certificate_of([5, 90, 5], fresh)
+    assert (lost["prediction"], lost["top_count"], lost["rival_count"]) == (ABSTAIN, 15_000, 80_000)
+    # Where CERTIFY abstains, the two-sided radius is 0 too, which would be 0.17 here.
+    assert tight_radius(TWO_SIDED, 45_000, 20_000, 100_000, 0.001, 0.5) > 0.17
+    most = certificate_of([45, 20, 20, 15], [45_000, 20_000, 20_000, 15_000])
+    assert (most["prediction"], most["radius_tight"], most["test"]) == (ABSTAIN, 0, 2)
+
+
+def test_the_distance_of_the_point_that_was_voted_on_is_taken_off_both_radii():
+    votes = [90, 5, 5], [80_000, 15_000, 5000]
+    near, far = certificate_of(*votes), certificate_of(*votes, distance=0.1)
+    for field in ("radius", "radius_tight"):
+        exact = Fraction(near[field]) - Fraction(0.1)
+        assert 0 <= exact - Fraction(far[field]) < Fraction(1, 2**50)
+    # Nothing is left of CERTIFY's radius, 0.4138.
+    gone = certificate_of(*votes, distance=0.42)
+    assert (gone["prediction"], gone["radius"], gone["radius_tight"]) == (ABSTAIN, 0, 0)
+
+
+def test_what_the_sampler_costs_comes_out_of_alpha(monkeypatch):
+    asked = []
+
+    def cost(self, pixels, draws):
+        asked.append((pixels, draws))
+        return 0.0004
+
+    image, smooth = images_of(1)[0], SmoothClassifier(FirstPixel(0.9), 0.5, 3)
+    plain = smooth.certify(image, n=1000, alpha=0.001)
+    monkeypatch.setattr(SmoothClassifier, "sampler_cost", cost)
+    paid = smooth.certify(image, n0=100, n=1000, alpha=0.001)
+    assert set(asked) == {(784, 1100)}
+    assert paid.top_count == plain.top_count
+    assert paid.p_lower == lower_confidence_bound(int(paid.top_count), 1000, 0.0006)
+    assert paid.radius < plain.radius
+    assert paid.radius_tight < plain.radius_tight
+    calls = (smooth.certify, smooth.predict, lambda x, alpha: smooth.certify_radius(x, 0.1, alpha))
+    for call in calls:
+        with pytest.raises(ValueError, match=r"'alpha' = 0\.0004 does not cover the 0\.0004"):
+            call(image, alpha=0.0004)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.6, 0.9, 0.99, 0.9999])

@@ -8,7 +8,6 @@ from src.certification.bounds import (
     minimum_successes,
     minimum_trials,
     required_probability,
-    two_sided_bounds,
     two_sided_radius,
     upper_confidence_bound,
 )
@@ -28,3 +27,4 @@ from src.certification.stopping import (
     mixture_decision,
     mixture_log_e_value,
 )
+from src.certification.tightest import ONE_SIDED, TWO_SIDED, choose_test, tight_radius

@@ -167,31 +167,6 @@ def required_probability(radius, sigma):
     return np.where(radius > 0, np.minimum(p + NORMAL_GUARD * np.spacing(p), 1.0), 0.5)[()]
 
 
-def two_sided_bounds(top_count, rival_count, trials, alpha, num_classes):
-    """Bounds for `two_sided_radius` from the votes, jointly valid at `alpha`.
-
-    The selected class is bounded from below at alpha / 2. Each of the K - 1 other classes is
-    bounded from above at (alpha / 2) / (K - 1) (Bonferroni), and by 1 minus the lower bound.
-    The bound grows with the count, so the rival with the most votes has the largest.
-
-    Args:
-        top_count: votes for the selected class. Other draws selected it, so that here another
-            class may have more.
-        rival_count: the most votes for any other class.
-        trials: number of draws, at least `top_count` + `rival_count`.
-        alpha: in (0, 1).
-        num_classes: K, at least 2.
-    Returns:
-        (p_lower, p_upper_rival), float64 of the broadcast shape.
-    Raises:
-        ValueError: naming the argument that is out of its range.
-    """
-    alpha = check_open_unit("alpha", alpha)
-    p_lower = lower_confidence_bound(top_count, trials, alpha / 2)
-    p_upper = upper_confidence_bound(rival_count, trials, alpha / 2 / (num_classes - 1))
-    return p_lower, np.minimum(p_upper, np.nextafter(1.0 - p_lower, 2.0))[()]
-
-
 def minimum_successes(trials, alpha, p0=0.5):
     """Fewest successes whose lower bound exceeds `p0`; int64 of the broadcast shape.
 

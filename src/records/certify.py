@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping, Sequence
 
+import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from src.checkpoints import weights_digest
@@ -25,7 +27,6 @@ def certify_dataset(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     resume: bool = False,
-    two_sided: bool = False,
     facts: Mapping | None = None,
     shard: tuple[int, int] | None = None,
     progress: bool = True,
@@ -36,14 +37,13 @@ def certify_dataset(
         smooth: the classifier to certify.
         dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
         path: the CSV file.
-        n0, n, alpha, seed, indices, two_sided, progress: as for `evaluate_robustness`.
+        n0, n, alpha, seed, indices, progress: as for `evaluate_robustness`.
         resume: keep the rows of an interrupted run and certify the rest.
         facts: what else is worth knowing of the run, JSON values.
         shard: (k, n) to certify the k-th of n parts of these images only, to be merged later.
     """
     indices = list(range(len(dataset)) if indices is None else indices)
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
-    settings |= {"two_sided": True} if two_sided else {}
     part, (k, parts) = {}, shard or (1, 1)
     if parts > 1:
         part = {"shard": f"{k}/{parts}", "all_indices": indices_digest(indices)}
@@ -65,7 +65,12 @@ def certify_dataset(
 
 
 def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settings) -> dict:
-    """All that rows of certificates depend on, for their twin."""
+    """All that rows of certificates depend on, for their twin.
+
+    Of `settings`, `n0` and `n` are needed.
+    """
+    images = test.tensors[0]
+    pixels, draws = images.shape[1:].numel(), settings["n0"] + settings["n"]
     return {
         "model_digest": weights_digest(smooth.base_classifier.state_dict()),
         "network": smooth.base_classifier.config,
@@ -75,5 +80,22 @@ def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settin
         "num_classes": smooth.num_classes,
         "precision": smooth.precision,
         "form": form_name(smooth.base_classifier, smooth.precision),
+        "exact": smooth.exact,
+        "sampler_cost": smooth.sampler_cost(pixels, draws),
+        "off_grid": off_grid(images),
         **settings,
     }
+
+
+def off_grid(images: Tensor) -> float:
+    """The largest l2 distance of an image (B, C, H, W) from the grid of 1/255, in pixel units.
+
+    A pixel that is the nearest number of its type to a multiple of 1/255 lies on the grid.
+    """
+    largest = 0.0
+    for batch in images.split(1000):
+        exact = batch.double()
+        nearest = (exact * 255).round() / 255
+        moved = torch.where(batch == nearest.to(batch.dtype), 0.0, exact - nearest)
+        largest = max(largest, float(moved.flatten(1).norm(dim=1).max()))
+    return largest

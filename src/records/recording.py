@@ -3,17 +3,19 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from src.files import drop_equal_copies, lock_file, set_aside
 from src.records.rows import (
+    COLUMNS,
     NUM_CLASSES,
     check_rows,
     checked_path,
-    columns_of,
     csv_text,
+    older_columns,
     read_rows,
     rows_of,
 )
@@ -41,8 +43,7 @@ def record_certificates(
     Args:
         path: the CSV file; its twin is the same name with the ending .json.
         indices: numbers of the images, in the order of the rows.
-        certify: indices -> an iterator of rows with the keys `COLUMNS`, and also `TWO_SIDED` if the
-            settings have "two_sided": True.
+        certify: indices -> an iterator of rows with the keys `COLUMNS`.
         settings: what the rows depend on (digests of model and data, sigma, n0, n, alpha, seed,
             ...), JSON values. A run is resumed only with equal settings.
         facts: what else is worth knowing of the run, JSON values. A resumed run adds its facts to
@@ -72,18 +73,18 @@ def record_certificates(
             set_aside(path)
             content = {"settings": settings, "facts": facts, "finished": False, "rows": 0}
             write_twin(twin, content)
-            path.write_bytes(csv_text([columns_of(settings)]).encode())
+            path.write_bytes(csv_text([COLUMNS]).encode())
         elif left:
             content = read_twin(twin)
             write_twin(twin, content | {"resumed": [*content.get("resumed", []), facts]})
         # A kill may have come between the last row and the end.
         if left or not read_twin(twin)["finished"]:
-            _append(path, rows, left, columns_of(settings))
+            _append(path, rows, left)
             drop_equal_copies(path)
     return read_rows(path)
 
 
-def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int], columns) -> None:
+def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int]) -> None:
     """Append the rows of the images `left`, and sign the whole file after each row."""
     twin = path.with_suffix(".json")
     content, before = read_twin(twin), read_exactly(path)
@@ -95,7 +96,7 @@ def _append(path: Path, rows: Iterable[Mapping], left: Sequence[int], columns) -
                 given = "no more rows" if row is None else f"image {row['index']}"
                 wanted = "no more images" if index is None else f"image {index}"
                 raise ValueError(f"'certify' gave {given} where {wanted} was asked for.")
-            line = csv_text([[row[column] for column in columns]])
+            line = csv_text([[row[column] for column in COLUMNS]])
             stream.write(line)
             stream.flush()
             digest.update(line.encode())
@@ -130,8 +131,12 @@ def _resumable_rows(
     if not content["finished"] and signed is not None:
         lines = lines[: signed + 1]
     text = "".join(lines)
+    if older_columns(text):
+        raise ValueError(
+            f"{path} is of an older release and cannot be resumed; leave out --resume."
+        )
     rows = rows_of(text, path)
-    problems = check_rows(rows, text, columns_of(settings), settings) if text else []
+    problems = check_rows(rows, text, settings=settings) if text else []
     problems += _misplaced(rows, indices, labels)
     if len(rows) > len(indices):
         problems.append("it has more rows than there are images")
@@ -178,18 +183,21 @@ def _misplaced(rows: Sequence[Mapping], indices, labels) -> list[str]:
     return problems
 
 
-# The counts that a draw decides. Bounds and radii follow from them, as `check_rows` checks.
-_DRAWN = ("top_count", "rival_count")
+# Which of the columns follow from the others, as `check_rows` checks.
+_COMPUTED = ("radius", "p_lower", "radius_tight")
 
 
 def is_same_draw(row: Mapping[str, str], again: Mapping, votes: int = 0) -> bool:
     """Whether a row drawn again has the same label, and counts that differ by at most `votes`.
 
-    If `votes` is 0, the prediction and its correctness must be equal too.
+    If `votes` is 0, all else must be equal too, but for the last digits of bounds and radii, in
+    which releases of scipy differ.
     """
-    same = [key for key in ("index", "label") if str(again.get(key)) != str(row.get(key))]
     if votes == 0:
-        keys = ("prediction", "correct", *_DRAWN)
-        return not same and all(str(again.get(key)) == str(row.get(key)) for key in keys)
-    counts = [(int(again[key]), int(row[key])) for key in _DRAWN if key in row]
-    return not same and all(abs(one - other) <= votes for one, other in counts)
+        drawn = [key for key in COLUMNS if key not in _COMPUTED]
+        return all(str(again.get(key)) == str(row.get(key)) for key in drawn) and all(
+            math.isclose(float(again[key]), float(row[key]), rel_tol=1e-10) for key in _COMPUTED
+        )
+    same = all(str(again.get(key)) == str(row.get(key)) for key in ("index", "label"))
+    counts = [(int(again[key]), int(row[key])) for key in ("top_count", "rival_count")]
+    return same and all(abs(one - other) <= votes for one, other in counts)

@@ -12,21 +12,21 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from src.certification.bounds import (
+from src.certification import (
     certified_radius,
     lower_confidence_bound,
-    two_sided_bounds,
+    tight_radius,
     two_sided_radius,
+    upper_confidence_bound,
 )
 from src.files import whole_file
 from src.records.twins import indices_digest, read_exactly, read_twin, text_digest
 
-COLUMNS = (
-    *("index", "label", "prediction", "correct", "radius", "p_lower", "top_count"),
-    *("n0", "n", "alpha", "sigma", "seed"),
-)
-# Further columns of runs with the setting "two_sided": the certificate from bounds on both sides.
-TWO_SIDED = ("rival_count", "radius_two_sided")
+_COUNTED = ("index", "label", "prediction", "correct", "radius", "p_lower", "top_count")
+_SETTINGS = ("n0", "n", "alpha", "sigma", "seed")
+COLUMNS = (*_COUNTED, "rival_count", "radius_tight", "test", *_SETTINGS)
+# What older releases wrote, the second if they were asked to bound all other classes too.
+OLDER = ((*_COUNTED, *_SETTINGS), (*_COUNTED, *_SETTINGS, "rival_count", "radius_two_sided"))
 NUM_CLASSES = 10  # The classes of MNIST, for twins that do not say how many there are.
 
 
@@ -69,9 +69,15 @@ def checked_path(path: str | os.PathLike) -> Path:
     return path
 
 
-def columns_of(settings: Mapping) -> tuple[str, ...]:
-    """The columns of rows made with these settings."""
-    return COLUMNS + (TWO_SIDED if settings.get("two_sided") else ())
+def shown_radius(row: Mapping) -> float:
+    """The radius of a row that users are shown: the tightest, or of older rows CERTIFY's."""
+    return float(row["radius_tight"] if "radius_tight" in row else row["radius"])
+
+
+def older_columns(text: str) -> tuple[str, ...] | None:
+    """The columns of a table of certificates by an older release, else None."""
+    header = text.partition("\n")[0]
+    return next((columns for columns in OLDER if ",".join(columns) == header), None)
 
 
 def check_rows(
@@ -86,41 +92,65 @@ def check_rows(
     for the rows, and columns that repeat the `settings` must agree with them.
     """
     settings = settings or {}
-    classes, problems = settings.get("num_classes", NUM_CLASSES), []
+    problems = []
     for number, row in enumerate(rows, start=2):
         with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError):
-            if _is_consistent(row, classes):
+            if _is_consistent(row, settings):
                 continue
         problems.append(f"line {number} contradicts itself")
     if csv_text([columns, *(row.values() for row in rows)]) != text:
         problems.append("it is not a table of the expected columns as they are written")
-    for key in ("n0", "n", "alpha", "sigma", "seed"):
+    for key in _SETTINGS:
         values = {str(row.get(key)) for row in rows}
         if key in settings and values - {str(settings[key])}:
             problems.append(f"the rows have another {key} than the twin")
+    for key in ("sampler_cost", "off_grid"):
+        value = settings.get(key, 0.0)
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+            problems.append(f"the {key} of the twin is no number of at least 0")
     return problems
 
 
-def _is_consistent(row: Mapping[str, str], classes: int) -> bool:
-    """Whether a row's bound, radius, prediction and correctness follow from its counts."""
+def _is_consistent(row: Mapping[str, str], settings: Mapping) -> bool:
+    """Whether a row's bound, radii, prediction and correctness follow from its counts."""
+    classes, distance = settings.get("num_classes", NUM_CLASSES), settings.get("off_grid", 0.0)
     top_count, rival_count, n = (int(row.get(k, 0)) for k in ("top_count", "rival_count", "n"))
-    p_lower = lower_confidence_bound(top_count, n, float(row["alpha"]))
-    radius = certified_radius(p_lower, float(row["sigma"]))
-    # Releases of scipy differ in the last digits, which the digest in the twin guards.
-    expected = {"p_lower": p_lower, "radius": radius}
-    if "rival_count" in row:
-        bounds = two_sided_bounds(top_count, rival_count, n, float(row["alpha"]), classes)
-        tight = two_sided_radius(*bounds, float(row["sigma"])) if p_lower > 0.5 else 0.0
-        expected["radius_two_sided"] = tight
+    alpha, sigma = float(row["alpha"]) - settings.get("sampler_cost", 0.0), float(row["sigma"])
+    p_lower = lower_confidence_bound(top_count, n, alpha)
+    radii = {"radius": certified_radius(p_lower, sigma)}
+    if "test" in row:
+        votes = (top_count, rival_count, n, alpha, sigma)
+        radii["radius_tight"] = tight_radius(row["test"], *votes)
+    elif "radius_two_sided" in row:
+        radii["radius_two_sided"] = _older_radius(top_count, rival_count, n, alpha, sigma, classes)
+    prediction, found = int(row["prediction"]), {key: float(row[key]) for key in radii}
+    abstains = p_lower <= 0.5 or (distance > 0 and found["radius"] == 0)
+    # Where CERTIFY abstains, nothing else is claimed either.
+    radii = {key: 0.0 if p_lower <= 0.5 else radius for key, radius in radii.items()}
     return (
-        all(math.isclose(float(row[key]), x, rel_tol=1e-10) for key, x in expected.items())
-        and all(repr(float(row[key])) == row[key] for key in expected)
+        math.isclose(float(row["p_lower"]), p_lower, rel_tol=1e-10)
+        and all(_is_radius(found[key], radius, distance) for key, radius in radii.items())
+        and (not abstains or not any(found.values()))
+        and all(repr(float(row[key])) == row[key] for key in ("p_lower", *radii))
         and int(row["correct"]) == (row["prediction"] == row["label"])
-        and (int(row["prediction"]) == -1) == (p_lower <= 0.5)
-        and -1 <= int(row["prediction"]) < classes
+        and (prediction == -1) == abstains
+        and -1 <= prediction < classes
         and 0 <= int(row["label"]) < classes
         and top_count + rival_count <= n
     )
+
+
+def _is_radius(found: float, radius: float, distance: float) -> bool:
+    """Whether `found` is the radius of the votes, less at most the image's own `distance`."""
+    # Releases of scipy differ in the last digits, which the digest in the twin guards.
+    return max(radius - distance, 0.0) * (1 - 1e-10) <= found <= radius * (1 + 1e-10)
+
+
+def _older_radius(top: int, rival: int, n: int, alpha: float, sigma: float, classes: int) -> float:
+    """The radius of older releases, which bounded every other class at alpha / 2 / (K - 1)."""
+    p_lower = lower_confidence_bound(top, n, alpha / 2)
+    p_rival = upper_confidence_bound(rival, n, alpha / 2 / (classes - 1))
+    return two_sided_radius(p_lower, min(p_rival, math.nextafter(1 - p_lower, 2)), sigma)
 
 
 def verify(path: str | os.PathLike) -> list[str]:
@@ -138,7 +168,7 @@ def verify(path: str | os.PathLike) -> list[str]:
     text = read_exactly(path)
     content = read_twin(path.with_suffix(".json"))
     rows, settings = rows_of(text, path), content["settings"]
-    problems = check_rows(rows, text, columns_of(settings), settings)
+    problems = check_rows(rows, text, older_columns(text) or COLUMNS, settings)
     if not content["finished"]:
         problems.append("the run is not finished")
     elif content.get("rows_sha256") != text_digest(text):

@@ -11,7 +11,7 @@ from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import is_main
 from src.records.certify import certify_dataset
 from src.records.merging import merge
-from src.records.rows import read_rows
+from src.records.rows import read_rows, shown_radius
 from src.reports.output import Output, save_attacks
 from src.reports.plotting import plot_certified_accuracy, plot_gallery, plot_p_lower
 from src.reports.tables import attack_comparison, certificate_lines, population_lines, round_down
@@ -98,7 +98,7 @@ def certify_models(
         facts: what is worth knowing of the run, JSON values.
         shard: (k, n) certifies the k-th of n parts of the images. If n > 1, the file names end in
             .shard-k-of-n.csv.
-        settings: `n0`, `n`, `alpha`, `seed`, `two_sided` and `resume` of `certify_dataset`.
+        settings: `n0`, `n`, `alpha`, `seed` and `resume` of `certify_dataset`.
     """
     print(f"Certifying at sigma = {sigma:g}, n = {settings['n']:,}, alpha = {settings['alpha']:g}")
     rows = {}
@@ -240,10 +240,10 @@ def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset
     rows, labels = [], []
     for name, certified in certificates.items():
         standing = [row for row in certified if int(row["correct"])]
-        standing.sort(key=lambda row: float(row["radius"]))
+        standing.sort(key=shown_radius)
         for label, chosen in (("smallest", standing[:show]), ("largest", standing[-show:])):
             images = subset(test, [int(row["index"]) for row in chosen]).tensors[0]
-            captions = [f"{r['prediction']}: r = {round_down(r['radius'], 2)}" for r in chosen]
+            captions = [f"{r['prediction']}: r = {round_down(shown_radius(r), 2)}" for r in chosen]
             pairs = zip(images, captions, strict=True)
             rows.append([(image[0].numpy(), caption, "black") for image, caption in pairs])
             labels.append(f"{name}\n{label}")

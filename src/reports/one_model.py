@@ -129,7 +129,6 @@ def report_smoothing(
         seed=seed,
         indices=indices,
         resume=resume,
-        two_sided=True,
         facts={**output.facts, "clean_accuracy": clean},
     )
     print("\n" + certificate_lines({title: rows}, [step * smooth.sigma / 2 for step in range(6)]))

@@ -16,6 +16,7 @@ from scipy import special
 from src.certification.bounds import maximum_radius
 from src.certification.intervals import accuracy_interval
 from src.files import whole_file
+from src.records.rows import shown_radius
 
 # matplotlib does not import if MPLBACKEND names a backend that is not installed, such as that of a
 # notebook whose shell inherits it. Files need no backend, so the name is put back afterwards.
@@ -219,8 +220,8 @@ def plot_certified_accuracy(
     rows that record `sigma`, `n` and `alpha`.
 
     Args:
-        rows_by_model: name -> result rows with `correct` and `radius`, computed or read from a
-            file.
+        rows_by_model: name -> result rows with `correct` and radii, computed or read from a file.
+            The radii are those of `shown_radius`, but beside `published` ones those of CERTIFY.
         path: image file to write.
         title: title of the figure.
         clean: name -> accuracy of the base classifier without noise, a dotted line.
@@ -228,11 +229,12 @@ def plot_certified_accuracy(
     """
     with drawing(path, 6.8, 4.2) as figure:
         axes, limits = figure.subplots(), largest_radii(rows_by_model.values())
-        radii = [float(row["radius"]) for rows in rows_by_model.values() for row in rows]
+        of = (lambda row: float(row["radius"])) if published else shown_radius
+        radii = [of(row) for rows in rows_by_model.values() for row in rows]
         grid = np.linspace(0, max(*radii, *limits, 1e-3) * 1.05, 500)
         for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
             # Only correct predictions count; abstentions and wrong ones never do.
-            radii = np.sort([float(row["radius"]) for row in rows if int(row["correct"])])
+            radii = np.sort([of(row) for row in rows if int(row["correct"])])
             certified = len(radii) - np.searchsorted(radii, grid, side="left")
             axes.plot(grid, certified / len(rows), color=color, label=name)
             interval = accuracy_interval(certified, len(rows))

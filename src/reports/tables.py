@@ -13,6 +13,7 @@ from src.certification.intervals import (
     population_certified_accuracy_interval,
     possibly_certified,
 )
+from src.records.rows import shown_radius
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,19 +86,20 @@ def median_lines(rows_by_model: Mapping[str, Sequence[Mapping]]) -> str:
     return format_table(("smallest epsilon [95 % interval]", *rows_by_model), lines)
 
 
-def summarise(rows: Sequence[Mapping], radii: Sequence[float]) -> dict:
+def summarise(rows: Sequence[Mapping], radii: Sequence[float], column: str | None = None) -> dict:
     """The numbers that a table gives of a model's certificates.
 
     Args:
         rows: result rows of one model.
         radii: l2 radii at which certified accuracy is given.
+        column: the radii of the rows that count; default: those of `shown_radius`.
 
     Returns:
         `images`, and the counts `abstained` and `wrong`. `certified`: {radius: (accuracy, low,
         high)} with 95 % intervals over the sampling of test images. `acr`: the average certified
         radius. `mean_p_lower`.
     """
-    radius = np.array([float(row["radius"]) for row in rows])
+    radius = np.array([float(row[column]) if column else shown_radius(row) for row in rows])
     standing = np.array([int(row["correct"]) for row in rows], bool)
     abstained = np.array([int(row["prediction"]) == -1 for row in rows])
     certified = {}
@@ -130,14 +132,9 @@ def certificate_lines(
         lines.append((f"certified % at r = {epsilon:g}", *cells))
     lines.append(("average certified radius", *(f"{s['acr']:.4f}" for s in summaries)))
     lines.append(("mean p_lower", *(f"{s['mean_p_lower']:.4f}" for s in summaries)))
-    if all("radius_two_sided" in rows[0] for rows in rows_by_model.values()):
-        # Each two-sided certificate fails as rarely as a plain one.
-        two_sided = [
-            [{**row, "radius": row["radius_two_sided"]} for row in rows]
-            for rows in rows_by_model.values()
-        ]
-        cells = (f"{summarise(rows, ())['acr']:.4f}" for rows in two_sided)
-        lines.append(("average radius, two-sided", *cells))
+    if all("radius_tight" in rows[0] for rows in rows_by_model.values()):
+        plain = (summarise(rows, (), "radius")["acr"] for rows in rows_by_model.values())
+        lines.insert(-1, ("the same by CERTIFY", *(f"{acr:.4f}" for acr in plain)))
     return format_table(("certificates [95 % interval]", *rows_by_model), lines)
 
 
@@ -145,7 +142,8 @@ def population_lines(rows_by_model: Mapping[str, Sequence[Mapping]], radii: Sequ
     """Intervals for the certified accuracy on the whole population, one column per model.
 
     Unlike those of `certificate_lines`, these 95 % intervals also allow for certificates that
-    fail; see `population_certified_accuracy_interval`.
+    fail; see `population_certified_accuracy_interval`. They are about the radii of CERTIFY, which
+    follow from one probability.
     """
     lines = []
     for epsilon in radii:

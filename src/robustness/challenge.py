@@ -19,6 +19,7 @@ from src.checks import (
 from src.engine.untouched import evaluation_form
 from src.methods.smoothing import mean_log_softmax
 from src.models import ABSTAIN, SmoothClassifier
+from src.records.rows import shown_radius
 from src.utils import progress_bar, spread_indices, subset
 from src.verdicts import gradient_of, with_gradients
 
@@ -121,7 +122,7 @@ def challenge_certificates(
     check_number("stretch", stretch, positive=True)
     certified = [row for row in rows if int(row["prediction"]) != ABSTAIN]
     # The largest first, so that it is always among those chosen.
-    certified.sort(key=lambda row: float(row["radius"]), reverse=True)
+    certified.sort(key=shown_radius, reverse=True)
     certified = [certified[number] for number in spread_indices(len(certified), images)]
     chosen = subset(dataset, [int(row["index"]) for row in certified])
     check_dataset(chosen)
@@ -134,7 +135,7 @@ def challenge_certificates(
         # Restarts as a batch: the same image, with a start and noise of its own each time.
         image = dataset.tensors[0][int(row["index"])].to(device).expand(restarts, -1, -1, -1)
         label = torch.full((restarts,), int(row["prediction"]), device=device)
-        radius = torch.full((restarts,), float(row["radius"]) * stretch, device=device)
+        radius = torch.full((restarts,), shown_radius(row) * stretch, device=device)
         found = smoothed_attack(smooth, image, label, radius, generator=generator)
         # A seed of its own: votes with the noise of the certificate would repeat its luck.
         classes = smooth.predict(found, n, level, seed=seed + 1)
