@@ -78,11 +78,12 @@ def tight_radius(test, top_count, rival_count, trials, alpha, sigma):
     test, alpha = np.asarray(test), check_open_unit("alpha", alpha)
     if not np.all((test == ONE_SIDED) | (test == TWO_SIDED)):
         raise ValueError(f"'test' must be '{ONE_SIDED}' or '{TWO_SIDED}'.")
-    one = certified_radius(lower_confidence_bound(top_count, trials, alpha), sigma)
-    p_lower = lower_confidence_bound(top_count, trials, alpha / 2)
+    two_sided = test == TWO_SIDED
+    p_lower = lower_confidence_bound(top_count, trials, np.where(two_sided, alpha / 2, alpha))
     p_rival = upper_confidence_bound(rival_count, trials, alpha / 2)
     p_rival = np.minimum(p_rival, np.nextafter(1.0 - p_lower, 2.0))
-    return np.where(test == TWO_SIDED, two_sided_radius(p_lower, p_rival, sigma), one)[()]
+    one, two = certified_radius(p_lower, sigma), two_sided_radius(p_lower, p_rival, sigma)
+    return np.where(two_sided, two, one)[()]
 
 
 def _checked_votes(top_count, rival_count, name, votes):

@@ -92,10 +92,10 @@ def off_grid(images: Tensor) -> float:
 
     A pixel that is the nearest number of its type to a multiple of 1/255 lies on the grid.
     """
-    largest = 0.0
-    for batch in images.split(1000):
-        exact = batch.double()
+    farthest = 0.0
+    for image in images:
+        exact = image.double()
         nearest = (exact * 255).round() / 255
-        moved = torch.where(batch == nearest.to(batch.dtype), 0.0, exact - nearest)
-        largest = max(largest, float(moved.flatten(1).norm(dim=1).max()))
-    return largest
+        moved = torch.where(image == nearest.to(image.dtype), 0.0, exact - nearest)
+        farthest = max(farthest, float(moved.norm()))
+    return farthest

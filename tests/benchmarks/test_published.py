@@ -17,7 +17,7 @@ RADII, CORRECT = (0.4, 0.1, 0.3), (1, 1, 0)
 def rows(shift=0.0):
     return [
         {"index": 20 * k, "correct": c, "radius": r + shift, "prediction": 1, "p_lower": 0.7}
-        | {"radius_two_sided": r + 0.3}
+        | {"radius_tight": r + 0.3}
         for k, (r, c) in enumerate(zip(RADII, CORRECT, strict=True))
     ]
 
@@ -25,7 +25,7 @@ def rows(shift=0.0):
 def test_table_counts_what_is_certified_at_each_radius():
     theirs = {"Other": {"acr": "0.1000", "curve": {0.0: 1.0, 0.2: 0.5}}}
     header, _, other, ours = published.published_lines(0.25, {"here": rows()}, theirs).split("\n")
-    assert header.split()[3:] == ["3", "images", "ACR", "r=0", "r=0.2", "two-sided"]
+    assert header.split()[3:] == ["3", "images", "ACR", "r=0", "r=0.2", "tightest"]
     assert other.split() == ["Other", "0.1000", "100.0", "50.0"]
     # (0.4 + 0.1) / 3, and with 0.3 more on each of the two correct ones (1.1) / 3.
     assert ours.split() == ["here", "0.1667", "66.7", "33.3", "0.3667"]
@@ -130,3 +130,23 @@ def test_paired_interval_is_narrow_where_the_images_vary_together():
 def test_paired_interval_refuses_what_is_not_paired(pair):
     with pytest.raises(ValueError, match="'first' and 'second'"):
         paired_difference_interval(*pair)
+
+
+def test_rows_of_older_releases_have_their_own_last_column():
+    theirs = {"Other": {"acr": "0.1000", "curve": {0.0: 1.0, 0.2: 0.5}}}
+    older = [row | {"radius_two_sided": row["radius"] + 0.6} for row in rows()]
+    for row in older:
+        del row["radius_tight"]
+    header, *_, ours = published.published_lines(0.25, {"here": older}, theirs).split("\n")
+    assert header.split()[-1] == "two-sided"
+    assert ours.split() == ["here", "0.1667", "66.7", "33.3", "0.5667"]
+
+
+def test_published_curves_are_drawn_beside_the_radii_of_certify_only(monkeypatch):
+    figures = []
+    monkeypatch.setattr("src.reports.plotting._save", lambda figure, path: figures.append(figure))
+    for theirs, end in ((None, 0.7), ({"Other": {0.0: 0.9, 0.2: 0.5}}, 0.4)):
+        plot_certified_accuracy({"here": rows()}, "unused.png", published=theirs)
+        (line,) = (line for line in figures[-1].axes[0].lines if line.get_label() == "here")
+        last = line.get_xdata()[line.get_ydata() > 0].max()
+        assert end - 0.01 < last <= end

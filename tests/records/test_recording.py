@@ -13,16 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from src.certification import (
-    certified_radius,
-    lower_confidence_bound,
-    two_sided_bounds,
-    two_sided_radius,
-)
+from src.certification import certified_radius, lower_confidence_bound, tight_radius
 from src.records.__main__ import main
 from src.records.merging import merge
 from src.records.recording import record_certificates
-from src.records.rows import COLUMNS, check_rows, verify
+from src.records.rows import COLUMNS, check_rows, csv_text, verify
 from src.records.twins import indices_digest, read_twin, write_twin
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +30,7 @@ def certify(left, delay=0.0):
     for index in left:
         time.sleep(delay)
         count = 400 + 6 * (index % 101)
+        rival, test = min(60, 1000 - count), ("one-sided", "two-sided")[index % 8 // 4]
         p_lower = float(lower_confidence_bound(count, 1000, 0.001))
         label, prediction = index % 10, index % 10 if p_lower > 0.5 else -1
         facts = {
@@ -45,8 +41,17 @@ def certify(left, delay=0.0):
             "radius": float(certified_radius(p_lower, 0.5)),
             "p_lower": p_lower,
             "top_count": count,
+            "rival_count": rival,
+            "radius_tight": tight(test, count, rival, 1000, 0.001, 0.5),
+            "test": test,
         }
         yield facts | SETTINGS
+
+
+def tight(test, top, rival, n, alpha, sigma):
+    """The tight radius of a row: 0 where CERTIFY abstains."""
+    stands = lower_confidence_bound(top, n, alpha) > 0.5
+    return float(tight_radius(test, top, rival, n, alpha, sigma)) if stands else 0.0
 
 
 def record(path, **options):
@@ -205,12 +210,12 @@ def test_full_disk_leaves_rows_that_can_be_resumed(finished, tmp_path):
 
 
 def test_every_changed_character_is_found(finished):
-    # 400 positions at random in both files; a digit becomes another, anything else a digit.
+    # 140 positions at random in both files; a digit becomes another, anything else a digit.
     rng = random.Random(0)
     for path in (finished, finished.with_suffix(".json")):
         whole = path.read_text()
         ends = [k for k, character in enumerate(whole) if character == "\n"]
-        for position in rng.sample(range(len(whole)), 200) + ends[:20]:
+        for position in rng.sample(range(len(whole)), 70) + ends[:10]:
             other = "7" if whole[position] != "7" else "3"
             other = "\r" if whole[position] == "\n" else other
             path.write_bytes((whole[:position] + other + whole[position + 1 :]).encode())
@@ -224,6 +229,29 @@ def test_every_changed_character_is_found(finished):
             assert verify(finished), f"{path.name} with other line ends"
         path.write_text(whole)
     assert verify(finished) == []
+
+
+def altered(path, line, **changes):
+    """The problems of the rows alone, after a change of one of them."""
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows[line - 2] |= changes
+    return check_rows(rows, csv_text([COLUMNS, *(row.values() for row in rows)]))
+
+
+def test_an_altered_test_radius_or_count_of_the_rival_contradicts_the_row(finished):
+    # Line 53, image 204, has 412 votes and abstains; line 72, image 280, has 868 for the class.
+    row = dict(zip(COLUMNS, finished.read_text().splitlines()[71].split(","), strict=True))
+    assert (row["top_count"], row["rival_count"], row["test"]) == ("868", "60", "one-sided")
+    assert altered(finished, 72) == []
+    wrong = [{"test": "two-sided"}, {"test": ""}, {"radius_tight": "0.6"}, {"rival_count": "133"}]
+    for changes in [*wrong, {"radius_tight": "nan"}, {"rival_count": "-1"}, {"test": "one"}]:
+        assert altered(finished, 72, **changes) == ["line 72 contradicts itself"], changes
+    two = dict(zip(COLUMNS, finished.read_text().splitlines()[72].split(","), strict=True))
+    assert (two["top_count"], two["rival_count"], two["test"]) == ("892", "60", "two-sided")
+    for changes in [{"test": "one-sided"}, {"rival_count": "61"}, {"radius_tight": two["radius"]}]:
+        assert altered(finished, 73, **changes) == ["line 73 contradicts itself"], changes
+    # Where CERTIFY abstains, no radius of the other test may stand.
+    assert altered(finished, 53, radius_tight="0.01") == ["line 53 contradicts itself"]
 
 
 @pytest.mark.parametrize(("change", "sound"), [(1e-14, True), (1e-9, False)])
@@ -290,12 +318,21 @@ def consistent(row, **changes):
     row = row | changes
     bound = float(lower_confidence_bound(int(row["top_count"]), int(row["n"]), float(row["alpha"])))
     row |= {"p_lower": bound, "radius": float(certified_radius(bound, float(row["sigma"])))}
+    counts = (int(row[key]) for key in ("top_count", "rival_count", "n"))
+    row["radius_tight"] = tight(row["test"], *counts, float(row["alpha"]), float(row["sigma"]))
     row["prediction"] = row["prediction"] if bound > 0.5 else -1
     return row | {"correct": int(str(row["prediction"]) == str(row["label"]))}
 
 
 # Of each column: index, label, prediction, counts, and what the settings repeat.
-ALTERED = [{"top_count": 777}, {"top_count": 100}, {"label": 9, "prediction": 9}, {"prediction": 9}]
+ALTERED = [
+    {"top_count": 777},
+    {"top_count": 100},
+    {"rival_count": 59},
+    {"test": "two-sided"},
+    {"label": 9, "prediction": 9},
+    {"prediction": 9},
+]
 ALTERED += [{"index": 1}, {"n": 2000}, {"n0": 7}, {"alpha": 0.01}, {"sigma": 1.0}, {"seed": 1}]
 
 
@@ -361,17 +398,13 @@ def test_verify_knows_the_images_that_were_asked_for(finished):
 
 def test_the_number_of_classes_is_in_the_twin(tmp_path):
     def many(left):
-        for row in certify(left):
-            top, n, alpha = row["top_count"], row["n"], row["alpha"]
-            rival = min(10, n - top)
-            bounds = two_sided_bounds(top, rival, n, alpha, 100)
-            tight = two_sided_radius(*bounds, 0.5) if row["p_lower"] > 0.5 else 0.0
-            yield row | {"rival_count": rival, "radius_two_sided": float(tight)}
+        return (row | {"label": 57, "correct": 0} for row in certify(left))
 
     path = tmp_path / "rows.csv"
-    settings = SETTINGS | {"two_sided": True, "num_classes": 100}
-    record_certificates(path, INDICES, many, settings, {})
+    record_certificates(path, INDICES, many, SETTINGS | {"num_classes": 100}, {})
     assert verify(path) == []
+    record_certificates(path, INDICES, many, SETTINGS, {})
+    assert "line 2 contradicts itself" in verify(path)
 
 
 def test_a_twin_moved_without_its_rows_is_not_overwritten(finished):
@@ -442,7 +475,8 @@ def test_merging_never_writes_over_what_it_reads(finished, tmp_path):
 
 def test_columns_are_the_contract():
     assert ",".join(COLUMNS) == (
-        "index,label,prediction,correct,radius,p_lower,top_count,n0,n,alpha,sigma,seed"
+        "index,label,prediction,correct,radius,p_lower,top_count,"
+        "rival_count,radius_tight,test,n0,n,alpha,sigma,seed"
     )
 
 

@@ -1,12 +1,15 @@
 """Rows of certificates drawn again from their model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from src.checkpoints import save_checkpoint
 from src.models import ConvNN, SmoothClassifier
-from src.records.certify import certificate_settings
+from src.records.certify import certificate_settings, off_grid
 from src.records.recording import record_certificates
 from src.records.redrawing import redraw
 from src.records.rows import read_rows, verify, write_rows
@@ -14,7 +17,7 @@ from src.records.twins import read_twin, write_twin
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import load_mnist
 
-SETTINGS = {"n0": 100, "n": 500, "alpha": 0.001, "seed": 3, "two_sided": True}
+SETTINGS = {"n0": 100, "n": 500, "alpha": 0.001, "seed": 3}
 INDICES = [7, 1234, 9999]
 
 
@@ -45,10 +48,12 @@ def test_rows_drawn_again_are_the_same(recorded, mnist_root):
     assert redraw(recorded / "rows.csv", 99, recorded / "model.pt", mnist_root) == []
 
 
-@pytest.mark.parametrize("count", ["top_count", "rival_count"])
-def test_altered_counts_are_found(recorded, mnist_root, tmp_path, count):
+@pytest.mark.parametrize("column", ["top_count", "rival_count", "radius_tight", "test"])
+def test_an_altered_column_is_found(recorded, mnist_root, tmp_path, column):
     rows = read_rows(recorded / "rows.csv")
-    rows[1][count] = str(int(rows[1][count]) + 1)
+    other = {"one-sided": "two-sided", "two-sided": "one-sided"}
+    value = rows[1][column]
+    rows[1][column] = other.get(value) or f"{float(value) + 1:.{0 if value.isdecimal() else 16}f}"
     write_rows(tmp_path / "rows.csv", rows)
     (tmp_path / "rows.json").write_bytes((recorded / "rows.json").read_bytes())
     (problem,) = redraw(tmp_path / "rows.csv", 3, recorded / "model.pt", mnist_root)
@@ -67,6 +72,44 @@ def test_another_form_may_differ_in_a_few_votes(
     problems = redraw(tmp_path / "rows.csv", 3, recorded / "model.pt", mnist_root)
     assert len(problems) == told
     assert all("image 1234" in p and p.endswith("here it is 'other'") for p in problems)
+
+
+def test_exact_votes_must_be_equal_in_every_form(recorded, mnist_root, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.records.redrawing.form_name", lambda network, precision: "other")
+    content, rows = read_twin(recorded / "rows.json"), read_rows(recorded / "rows.csv")
+    assert content["settings"]["exact"] is False
+    rows[1]["rival_count"] = str(int(rows[1]["rival_count"]) + 1)
+    write_rows(tmp_path / "rows.csv", rows)
+    for exact in (False, True):
+        content["settings"]["exact"] = exact
+        write_twin(tmp_path / "rows.json", content)
+        problems = redraw(tmp_path / "rows.csv", 3, recorded / "model.pt", mnist_root)
+        assert len(problems) == exact
+
+
+def test_rows_of_older_releases_are_not_drawn_again(mnist_root):
+    results = Path(__file__).resolve().parents[2] / "reference"
+    path = results / "results" / "smoothing_best_0.25_certificates.csv"
+    with pytest.raises(ValueError, match="older release"):
+        redraw(path, 1, results / "models" / "smoothing_best_0.25.pt", mnist_root)
+
+
+def test_the_twin_says_what_the_sampler_costs_and_how_far_the_images_are_off_the_grid(monkeypatch):
+    monkeypatch.setattr(
+        SmoothClassifier, "sampler_cost", lambda self, pixels, draws: pixels * draws
+    )
+    images = (torch.arange(2 * 784) % 256 / 255).reshape(2, 1, 28, 28)
+    smooth, labels = SmoothClassifier(ConvNN((2, 3)), 0.5), torch.zeros(2, dtype=torch.int64)
+    on_grid = certificate_settings(smooth, TensorDataset(images, labels), n0=10, n=100)
+    assert on_grid["sampler_cost"] == 784 * 110
+    assert on_grid["exact"] is False
+    assert on_grid["off_grid"] == 0
+    # Both are less than half a grey level, 0.00196, from the nearest one.
+    images[1, 0, 0, :2] = torch.tensor([0.0015, 1 - 0.001])
+    settings = certificate_settings(smooth, TensorDataset(images, labels), n0=10, n=100)
+    assert settings["off_grid"] == pytest.approx((0.0015**2 + 0.001**2) ** 0.5, rel=1e-4)
+    assert off_grid(images[:0]) == 0
+    assert off_grid(torch.full((1, 1, 28, 28), 0.5)) == pytest.approx(28 * 0.5 / 255)
 
 
 def test_other_test_images_are_named(recorded, mnist_root, monkeypatch):

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from src.records.rows import COLUMNS, TWO_SIDED, check_rows, read_rows, write_rows
+from src.certification import certified_radius, lower_confidence_bound, tight_radius
+from src.records.rows import (
+    COLUMNS,
+    OLDER,
+    check_rows,
+    older_columns,
+    read_rows,
+    shown_radius,
+    verify,
+    write_rows,
+)
+from src.records.twins import text_digest, write_twin
 
 ROWS = [
     {"radius": 0.5, "correct": 1, "prediction": 3, "p_lower": 0.9},
@@ -77,7 +88,7 @@ def test_missing_rows_are_an_error(tmp_path):
         read_rows(tmp_path / "absent.csv")
 
 
-def test_two_sided_columns_are_checked_against_their_counts(tmp_path):
+def older_row():
     # (sigma / 2)(Phi^-1(p_A) - Phi^-1(p_B)), p_A at alpha / 2 and p_B at alpha / 18.
     n, alpha, top, rival = 1000, 0.001, 800, 150
     p_lower = stats.beta.ppf(alpha, top, n - top + 1)
@@ -85,14 +96,80 @@ def test_two_sided_columns_are_checked_against_their_counts(tmp_path):
     high = stats.beta.isf(alpha / 18, rival + 1, n - rival)
     radii = stats.norm.ppf(p_lower), (stats.norm.ppf(low) - stats.norm.ppf(high)) / 2
     values = (0, 7, 7, 1, radii[0], p_lower, top, 100, n, alpha, 1.0, 0, rival, radii[1])
-    row = dict(zip(COLUMNS + TWO_SIDED, map(str, map(plain, values)), strict=True))
-    path = tmp_path / "rows.csv"
-    for changed, count in (({}, 0), ({"rival_count": "151"}, 1), ({"radius_two_sided": "0.9"}, 1)):
+    return dict(zip(OLDER[1], map(str, map(plain, values)), strict=True))
+
+
+def test_both_tables_of_older_releases_are_still_verified(tmp_path):
+    path, both = tmp_path / "rows.csv", older_row()
+    alone = {column: both[column] for column in OLDER[0]}
+    for row, changed, count in (
+        (both, {}, 0),
+        (both, {"rival_count": "151"}, 1),
+        (both, {"radius_two_sided": "0.9"}, 1),
+        (alone, {}, 0),
+        (alone, {"radius": "0.9"}, 1),
+    ):
         write_rows(path, [row | changed])
-        problems = check_rows([row | changed], path.read_text(), COLUMNS + TWO_SIDED)
-        assert len(problems) == count
-    # A column that the settings do not announce is no column of the table.
-    assert check_rows([row], path.read_text())
+        text = path.read_text()
+        settings = {"two_sided": True, "n": 1000}
+        digest = {"rows": 1, "rows_sha256": text_digest(text)}
+        twin = {"settings": settings, "facts": {}, "finished": True}
+        write_twin(tmp_path / "rows.json", twin | digest)
+        assert len(verify(path)) == count
+        assert older_columns(text) == tuple(row)
+        assert shown_radius(row) == float(row["radius"])
+        # A table that is written now has all columns of today.
+        assert check_rows([row], text)
+
+
+def row_of(top, rival, test, alpha=0.001, distance=0.0):
+    """A row at sigma = 0.5 and n = 1000, of class 7."""
+    p_lower = lower_confidence_bound(top, 1000, alpha)
+    radii = certified_radius(p_lower, 0.5), tight_radius(test, top, rival, 1000, alpha, 0.5)
+    radius, tight = (max(r - distance, 0.0) for r in radii)
+    stands = p_lower > 0.5 and radius > 0
+    radius, tight = (radius, tight) if stands else (0.0, 0.0)
+    values = (0, 7, 7 if stands else -1, int(stands), radius, p_lower, top, rival, tight, test)
+    values = (*values, 100, 1000, 0.001, 0.5, 0)
+    return dict(zip(COLUMNS, map(str, map(plain, values)), strict=True))
+
+
+def problems_of(row, **settings):
+    return check_rows(
+        [row], ",".join(COLUMNS) + "\n" + ",".join(row.values()) + "\n", COLUMNS, settings
+    )
+
+
+@pytest.mark.parametrize("test", ["one-sided", "two-sided"])
+@pytest.mark.parametrize(("top", "rival"), [(800, 150), (1000, 0), (560, 20), (520, 30)])
+def test_the_sampler_is_paid_out_of_alpha(top, rival, test):
+    row = row_of(top, rival, test, alpha=0.001 - 1e-4)
+    assert problems_of(row, sampler_cost=1e-4) == []
+    assert problems_of(row) == ["line 2 contradicts itself"]
+    assert problems_of(row, sampler_cost=0.001) == ["line 2 contradicts itself"]
+    for cost in (-1e-4, math.nan, "1"):
+        assert "the sampler_cost of the twin is no number of at least 0" in problems_of(
+            row, sampler_cost=cost
+        )
+
+
+@pytest.mark.parametrize("test", ["one-sided", "two-sided"])
+@pytest.mark.parametrize("distance", [0.0, 0.03, 0.4])
+def test_radii_of_images_off_the_grid_may_be_shorter_but_no_more_than_their_distance(
+    test, distance
+):
+    row = row_of(800, 150, test, distance=distance)
+    assert (row["prediction"] == "-1") == (distance == 0.4)
+    for farthest in (0.0, 0.02, 0.03, 0.04, 0.5):
+        sound = problems_of(row, off_grid=farthest) == []
+        assert sound == (farthest >= distance)
+    for column in ("radius", "radius_tight"):
+        assert problems_of(row | {column: "0.9"}, off_grid=0.04) == ["line 2 contradicts itself"]
+
+
+def test_users_are_shown_the_tightest_radius():
+    row = row_of(800, 150, "two-sided")
+    assert shown_radius(row) == float(row["radius_tight"]) > float(row["radius"])
 
 
 def plain(value):

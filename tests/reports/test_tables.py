@@ -167,3 +167,20 @@ def test_population_interval_is_wider_than_sampling_alone():
     sampling = accuracy_interval(90, 100)[0], accuracy_interval(95, 100)[1]
     assert low == pytest.approx(100 * (sampling[0] - 0.01) / 0.99, abs=0.06)
     assert high == pytest.approx(min(100 * sampling[1] / 0.99, 100), abs=0.06)
+
+
+def test_tables_show_the_tightest_radius_and_that_of_certify_below():
+    rows = [line | {"radius_tight": line["radius"] + 0.5 * line["correct"]} for line in ROWS]
+    lines = certificate_lines({"A": rows}, (1.0,)).split("\n")
+    cells = {line[:28].strip(): line[28:].split() for line in lines}
+    assert (
+        cells["certified % at r = 1"][0]
+        == f"{100 * summarise(rows, (1.0,))['certified'][1.0][0]:.1f}"
+    )
+    tight, plain = summarise(rows, ()), summarise(ROWS, ())
+    assert tight["acr"] == pytest.approx(plain["acr"] + 0.25)
+    assert cells["average certified radius"] == [f"{tight['acr']:.4f}"]
+    assert cells["the same by CERTIFY"] == [f"{plain['acr']:.4f}"]
+    assert summarise(rows, (), "radius")["acr"] == plain["acr"]
+    # Rows of older releases have one radius.
+    assert "the same by CERTIFY" not in certificate_lines({"A": rows, "B": ROWS}, (1.0,))

@@ -8,7 +8,8 @@ from torch.utils.data import TensorDataset
 from src.models import SmoothClassifier
 from src.training_and_evaluation import accuracy, correct, evaluate_robustness
 
-COLUMNS = "index,label,prediction,correct,radius,p_lower,top_count,n0,n,alpha,sigma,seed"
+COLUMNS = "index,label,prediction,correct,radius,p_lower,top_count,"
+COLUMNS += "rival_count,radius_tight,test,n0,n,alpha,sigma,seed"
 
 
 class Reader(nn.Module):
@@ -71,8 +72,10 @@ def test_rows_agree_with_certify_and_have_the_columns_of_the_contract(indices):
     chosen = list(indices or range(6))
     assert all(",".join(row) == COLUMNS for row in rows)
     expected = smooth.certify(dataset.tensors[0][chosen], indices=chosen, **settings)
-    for field in ("prediction", "radius", "p_lower", "top_count"):
+    for field in ("prediction", "radius", "radius_tight", "p_lower", "top_count", "rival_count"):
         assert [row[field] for row in rows] == getattr(expected, field).tolist()
+    sides = {"one-sided": 1, "two-sided": 2}
+    assert [sides[row.pop("test")] for row in rows] == expected.test.tolist()
     assert [row["index"] for row in rows] == chosen
     assert [row["label"] for row in rows] == labels[chosen].tolist()
     for row in rows:
