@@ -16,8 +16,8 @@ import pytest
 from src.certification import certified_radius, lower_confidence_bound, tight_radius
 from src.records.__main__ import main
 from src.records.merging import merge
-from src.records.recording import record_certificates
-from src.records.rows import COLUMNS, check_rows, csv_text, verify
+from src.records.recording import is_same_draw, record_certificates
+from src.records.rows import COLUMNS, OLDER, check_rows, csv_text, verify
 from src.records.twins import indices_digest, read_twin, write_twin
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -533,3 +533,23 @@ def test_shards_of_other_images_are_not_merged(tmp_path):
     with pytest.raises(ValueError, match="another run"):
         merge(tmp_path / "merged.csv", shards)
     assert not (tmp_path / "merged.csv").exists()
+
+
+def test_rows_of_an_older_release_are_not_resumed(finished):
+    rows = list(csv.DictReader(finished.read_text().splitlines()))
+    older = csv_text([OLDER[0], *([row[column] for column in OLDER[0]] for row in rows)])
+    finished.write_text(older)
+    with pytest.raises(
+        ValueError, match=r"older release and cannot be resumed; leave out --resume"
+    ):
+        record(finished, resume=True)
+    assert finished.read_text() == older
+
+
+def test_a_row_drawn_again_may_differ_in_the_last_digits_of_its_bounds_only(finished):
+    row, *_ = csv.DictReader(finished.read_text().splitlines()[20:], COLUMNS)
+    for column in ("radius", "p_lower", "radius_tight"):
+        assert is_same_draw(row, row | {column: float(row[column]) * (1 + 1e-14)})
+        assert not is_same_draw(row, row | {column: float(row[column]) * (1 + 1e-9)})
+    for column in set(COLUMNS) - {"radius", "p_lower", "radius_tight"}:
+        assert not is_same_draw(row, row | {column: "7"}), column
