@@ -163,21 +163,11 @@ def test_population_interval_is_wider_than_sampling_alone():
     rows += [row | {"radius": 0.49, "top_count": 870} for row in rows[:5]]
     rows += [row | {"prediction": 4, "correct": 0} for row in rows[:5]]
     header, _, line = population_lines({"model": rows}, [0.5]).splitlines()
-    assert header.split() == ["95", "%", "over", "images", "and", "noise", "model"]
+    assert "CERTIFY" not in header
     # They are about the radii of CERTIFY, whatever else the rows have.
     tighter = [row | {"radius_tight": 0.7} for row in rows]
     header, _, same = population_lines({"model": tighter}, [0.5]).splitlines()
-    assert header.split() == [
-        "95",
-        "%",
-        "over",
-        "images",
-        "and",
-        "noise,",
-        "by",
-        "CERTIFY",
-        "model",
-    ]
+    assert "over images and noise, by CERTIFY" in header
     assert same.split() == line.split()
     low, high = (float(end) for end in line.split("[")[1].rstrip("]").split(", "))
     sampling = accuracy_interval(90, 100)[0], accuracy_interval(95, 100)[1]
