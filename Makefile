@@ -44,16 +44,16 @@ SMOOTHING := main_random_smoothing.py --hidden 256 --learning-rate 0.005 --every
 TWO := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 --
 # The networks of 32-64 channels; `two_cores` with epochs for 45 minutes, also of busy cores.
 WIDE := $(TWO) $(SMOOTHING) --shift 0 --channels 32 64 --training-precision bfloat16 \
-  --optimizer muon --precision int8
+  --optimizer muon
 BEST_050 := $(WIDE) --sigma 0.50 --method smoothadv-consistency --consistency 2 --attack-draws 1 \
   --epsilon 0.8 --weight-decay 0.1 --warp 0.1
 BEST_100 := $(WIDE) --sigma 1.00 --method confidence
 GAUSSIAN := $(BIN)/python $(SMOOTHING) --shift 0 --epochs 100
-RECIPE_smoothing_gaussian_0.25 := $(GAUSSIAN) --sigma 0.25 --precision int16
-RECIPE_smoothing_gaussian_0.50 := $(GAUSSIAN) --sigma 0.50 --precision int16
-RECIPE_smoothing_gaussian_1.00 := $(GAUSSIAN) --sigma 1.00 --precision float32
+RECIPE_smoothing_gaussian_0.25 := $(GAUSSIAN) --sigma 0.25
+RECIPE_smoothing_gaussian_0.50 := $(GAUSSIAN) --sigma 0.50
+RECIPE_smoothing_gaussian_1.00 := $(GAUSSIAN) --sigma 1.00
 RECIPE_smoothing_best_0.25 := $(BIN)/python $(SMOOTHING) --shift 1 --sigma 0.25 --epochs 60 \
-  --method smoothadv-consistency --consistency 2 --optimizer muon --precision int8
+  --method smoothadv-consistency --consistency 2 --optimizer muon
 RECIPE_smoothing_best_0.50 := $(BEST_050) --epochs 130
 RECIPE_smoothing_best_1.00 := $(BEST_100) --epochs 110
 RECIPE_smoothing_two_cores_0.50 := $(BEST_050) --epochs 100
@@ -84,7 +84,7 @@ reference: $(VENV)/ready ## the committed models and their certificates again (1
 	  $(MAKE) model NAME=$$name INTO="--models reference/models --results reference/results" \
 	    || exit 1; \
 	done
-	$(BIN)/python main_compare.py --every 40 --n 100000 --precision int16 \
+	$(BIN)/python main_compare.py --every 40 --n 100000 \
 	  --standard reference/models/standard.pt --smoothed reference/models/smoothing_best_0.50.pt \
 	  --adversarial reference/models/adversarial_single_step.pt --results reference/results/n_100000
 	$(BIN)/python -m benchmarks.published
@@ -106,7 +106,7 @@ strongest: $(VENV)/referee ## our attacks beside AutoAttack; PEER=FILE adds a ne
 	$(BIN)/python -m benchmarks.strongest --rows $(OUT)/strongest.csv $(if $(PEER),--peer $(PEER))
 
 n-100000: $(VENV)/ready ## the three kinds of model side by side at n = 100,000 (hours)
-	$(BIN)/python main_compare.py --every 40 --n 100000 --precision int16 \
+	$(BIN)/python main_compare.py --every 40 --n 100000 \
 	  --standard reference/models/standard.pt --smoothed reference/models/smoothing_best_0.50.pt \
 	  --adversarial reference/models/adversarial_single_step.pt --results $(OUT)/n_100000
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from src.certification import minimum_successes
 from src.command_line import count, number, parse, run, script_parser, share, when_interrupted
-from src.engine.forms import common_precision
 from src.engine.parts import PRECISIONS
 from src.files import check_target, lock_file
 from src.optimisation.processes import is_main, process_count, rank, restarted, wait_for_all
@@ -42,7 +41,6 @@ def main(argv=None):
     args.sigma = args.sigma or smoothing_sigma(models["smoothed"])
     results = Path(args.results)
     resume = args.resume or restarted()
-    args.precision = args.precision or common_precision(*models.values())
     facts = provenance(Path(__file__).stem, args, argv)
 
     reports = is_main() and not args.shard
@@ -125,7 +123,7 @@ def option_parser():
     add("--n", type=count(), default=10_000, help="fresh copies that bound its probability")
     odds = "chance of a false certificate, per image"
     add("--alpha", type=number(0, 1), default=0.001, help=odds)
-    votes = "precision of the votes; default: int8 if all models can, else float32"
+    votes = "arithmetic of the votes; default: exact on a CPU, else float32"
     add("--precision", choices=PRECISIONS, help=votes)
     attacked = "attack this many certificates of each model (50 if no number is given)"
     add("--challenge", type=count(0), nargs="?", const=50, default=0, help=attacked)

@@ -102,18 +102,15 @@ def trained(path, args, device):
             f"{path} was trained with {trained_with}, which is not what the options say; "
             "give the same options, or leave out --resume to train again."
         )
-    return SmoothClassifier(
-        network, args.sigma, precision=args.precision or args.training_precision
-    )
+    return SmoothClassifier(network, args.sigma, precision=args.precision)
 
 
 def untrained(args, device):
     """The smoothed classifier before its training."""
     network = ConvNN(args.channels, args.hidden)
-    precision = args.precision or args.training_precision
-    smooth = SmoothClassifier(network, args.sigma, precision=precision).to(device)
+    smooth = SmoothClassifier(network, args.sigma, precision=args.precision).to(device)
     # Refuse a precision that the device lacks before the training, not after it.
-    network.inference_form(precision)
+    network.inference_form(smooth.precision)
     return smooth
 
 
@@ -162,7 +159,7 @@ def option_parser():
     add = parser.adder("certification")
     add("--every", type=count(), default=100, help="certify every N-th test image")
     add("--n", type=count(), default=10_000, help="noisy copies that bound a probability")
-    votes = "of the network that votes and is certified; default: that of the training"
+    votes = "arithmetic of the votes; default: exact on a CPU, else float32"
     add("--precision", choices=PRECISIONS, help=votes)
     resume = "take the checkpoint of --name if it is there, and go on with its interrupted rows"
     parser.adder("run")("--resume", action="store_true", help=resume)

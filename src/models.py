@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from src.certification import bounds, stopping, tightest
 from src.checks import check_count, check_images, check_number, check_shape
 from src.engine import forms
+from src.engine.lattice import LEVELS
+from src.engine.noise import Noise, check_levels, check_numbers, sampler_cost, to_grid
 from src.engine.parts import apply_thresholds, check_precision
 from src.engine.untouched import alteration, are_thresholds, has_hooks, unwrapped
-from src.engine.votes import NoisyImage, Workers, image_key
+from src.engine.votes import NoisyImage, Workers
 from src.ranges import check_open_unit
 
 ABSTAIN = -1
@@ -97,12 +100,12 @@ class ConvNN(nn.Module):
         """A faster copy for evaluation only: the same function up to rounding.
 
         Args:
-            precision: of all layers but the output, "float32", "bfloat16", "int16" or "int8".
-                The integer forms have no gradients.
+            precision: "float32"; "bfloat16" for all layers but the output; or "exact", whole
+                numbers throughout (`ExactConvNN`), without gradients.
 
         Raises:
-            ValueError: for another precision; if a weight has no integer (`QuantizedConvNN`); and
-                for a network that was altered after it was made, which only `forward` knows.
+            ValueError: for another precision; if "exact" is not possible (`ExactConvNN`); and for
+                a network that was altered after it was made, which only `forward` knows.
         """
         return forms.inference_form(self, precision)
 
@@ -148,14 +151,23 @@ class SmoothClassifier(nn.Module):
     f votes in evaluation mode, with its own hooks. A NaN among the logits is a vote against every
     class. An f whose answer to an image depends on the rest of the batch, or changes from call to
     call, is refused. So are hooks on this module itself: they would act in `forward`, but not in
-    the votes. The noise of an image depends only on `seed`, its index and the type of device.
+    the votes.
+
+    Votes are cast on images of whole steps of 1/255: the image, moved to the nearest such point,
+    plus noise rounded to whole steps, cut at 4,095 steps. Rounding and cut count as part of f. So
+    the theorem holds for the very numbers that are computed, as far as f is a function of them. The
+    noise of an image depends on `seed` and its index alone, on every machine.
 
     Args:
-        base_classifier: f, images (B, 1, 28, 28) -> logits (B, num_classes).
+        base_classifier: f, images (B, C, H, W) -> logits (B, num_classes).
         sigma: standard deviation of the noise, in pixel units.
         num_classes: number of logits of f.
-        precision: "float32", "bfloat16", "int16" or "int8", in which f votes. The rounded network
-            is the f that is certified. All but float32 need an unaltered ConvNN.
+        precision: "exact", "float32" or "bfloat16", in which f votes. The rounded network is the f
+            that is certified. In "exact" it is one function on every machine (`ExactConvNN`); in
+            floats, rounding may depend on machine and batch, which no certificate covers. All but
+            float32 need an unaltered ConvNN. None: exact for such a network on a CPU, else float32.
+        levels: steps of the grid per unit, for floats: 255, or up to 4,080 for images that are not
+            of bytes. Radii lose the distance from an image to the grid.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -170,19 +182,37 @@ class SmoothClassifier(nn.Module):
         sigma: float,
         num_classes: int = 10,
         *,
-        precision: str = "float32",
+        precision: str | None = None,
+        levels: int = LEVELS,
     ):
         super().__init__()
         if not isinstance(base_classifier, nn.Module):
             raise ValueError("'base_classifier' must be a torch.nn.Module.")
         check_number("sigma", sigma, positive=True)
         check_count("num_classes", num_classes, 2)
-        check_precision(precision)
-        forms.check_form(precision, alteration(unwrapped(base_classifier)))
-        self.precision = precision
+        if precision is not None:
+            check_precision(precision)
+            forms.check_form(precision, alteration(unwrapped(base_classifier)))
+            if precision == "exact" and levels != LEVELS:
+                raise ValueError(f"'exact' counts pixels in bytes; leave 'levels' at {LEVELS}.")
+        check_levels(levels)
+        self._precision = precision
+        self.levels = int(levels)
         self.base_classifier = base_classifier
         self.sigma = float(sigma)
         self.num_classes = num_classes
+
+    @property
+    def precision(self) -> str:
+        """In which the base classifier votes, as it is now."""
+        if self._precision or self.levels != LEVELS:
+            return self._precision or "float32"
+        return forms.default_precision(self.base_classifier)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the votes are the same on every machine."""
+        return self.precision == "exact"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) at one noisy draw per image: what training under noise calls.
@@ -207,13 +237,15 @@ class SmoothClassifier(nn.Module):
         than g(x) is at most `alpha`.
 
         Args:
-            images: (B, 1, 28, 28) or (1, 28, 28), pixels in [0, 1].
+            images: (B, C, H, W) or (C, H, W), pixels in [0, 1]. A pixel that is no multiple of
+                1/255 is moved to the nearest one.
             n: noisy copies per image.
-            alpha: level of the two-sided binomial test of the two leading classes.
+            alpha: level of the two-sided binomial test of the two leading classes; it also pays
+                for `sampler_cost`.
             batch_size: at most this many copies pass through the network at once.
-            seed: of the noise.
-            indices: numbers of the images in their data set, which also fix their noise; default:
-                their positions here.
+            seed: of the noise, below 2**64.
+            indices: numbers of the images in their data set, below 2**32, which also fix their
+                noise; default: their positions here.
 
         Returns:
             int64 (B,), on the CPU; zero-dimensional for one image.
@@ -270,28 +302,47 @@ class SmoothClassifier(nn.Module):
             ValueError: for an argument out of its range, and if `n` is too small to certify
                 anything at `alpha`.
         """
-        check_count("n0", n0)
-        check_count("n", n)
-        alpha = self._left_of(alpha, images, n0 + n)
-        bounds.minimum_successes(n, alpha)  # Refuses an n that could not certify anything.
-        certificates = []
+        alpha = self._level(images, n0, n, alpha)
+        rows = self._certificates(images, n0, n, alpha, batch_size, seed, indices)
+        return _certificate_of(list(rows), images)
+
+    def certify_each(
+        self,
+        images: Tensor,
+        n0: int = 100,
+        n: int = 100_000,
+        alpha: float = 0.001,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[Certificate]:
+        """The certificate of each image, as soon as it is finished; arguments as for `certify`."""
+        alpha = self._level(images, n0, n, alpha)
+        for row in self._certificates(images, n0, n, alpha, batch_size, seed, indices):
+            yield _certificate_of([row], images[0] if images.dim() == 4 else images)
+
+    def _certificates(
+        self, images: Tensor, n0: int, n: int, alpha: float, batch_size, seed: int, indices
+    ) -> Iterator[tuple]:
         with self._noisy(images, seed, indices, batch_size) as (noisy_images, workers):
             for noisy in noisy_images:
                 first = noisy.votes("select", n0, workers)
                 # Fresh draws: bounding the counts that chose the class would bias p_A upwards.
                 counts = noisy.votes("estimate", n, workers)
-                certificates.append(self._certificate(first, counts, n0, n, alpha))
-        types = (int, float, float, int, float, int, torch.int8)
-        return Certificate(*_columns(certificates, types, images))
+                yield self._certificate(first, counts, n0, n, alpha, noisy.distance)
+
+    def _level(self, images: Tensor, n0: int, n: int, alpha: float) -> float:
+        """What a certificate may spend; ValueError for budgets that could not certify anything."""
+        check_count("n0", n0)
+        check_count("n", n)
+        alpha = self._left_of(alpha, images, n0 + n)
+        bounds.minimum_successes(n, alpha)
+        return alpha
 
     def sampler_cost(self, pixels: int, draws: int) -> float:
         """What `draws` copies of an image take from alpha: the sampler's distance from its law."""
-        return 0.0
-
-    @property
-    def exact(self) -> bool:
-        """Whether the votes are the same on every machine."""
-        return False
+        return sampler_cost(self.sigma, pixels, draws, self.levels)
 
     def _left_of(self, alpha: float, images: Tensor, draws: int) -> float:
         """`alpha` less what the sampler costs; ValueError if nothing is left."""
@@ -375,11 +426,16 @@ class SmoothClassifier(nn.Module):
         if radius > 7 * self.sigma:
             raise ValueError(f"'radius' = {radius:g} is beyond 7 sigma, out of reach of any draws.")
         alpha = self._left_of(alpha, images, n0 + max_n)
-        p0 = float(bounds.required_probability(radius, self.sigma))
-        looks = stopping.look_schedule(max_n, p0, alpha)
+        stopping.look_schedule(max_n, self._required(radius), alpha)  # Refuses too few copies.
 
         def decide(noisy: NoisyImage) -> tuple[bool, int, int]:
             top = noisy.votes("select", n0).argmax()
+            p0 = self._required(radius, noisy.distance)
+            try:
+                looks = stopping.look_schedule(max_n, p0, alpha)
+            except ValueError:
+                # The image lies too far from the point that is voted on.
+                return False, top, n0
             for look, counts in noisy.running_votes("estimate", looks):
                 decision = stopping.mixture_decision(counts[top], look, p0, alpha, looks)
                 if decision != stopping.CONTINUE:
@@ -390,6 +446,11 @@ class SmoothClassifier(nn.Module):
             decisions = list(workers.map(decide, noisy_images))
         return RadiusDecision(*_columns(decisions, (bool, int, int), images))
 
+    def _required(self, radius: float, distance: float = 0.0) -> float:
+        """The probability above which `radius` is certified, `distance` away from the image."""
+        radius = math.nextafter(radius + distance, math.inf) if distance else radius
+        return float(bounds.required_probability(radius, self.sigma))
+
     @contextmanager
     def _noisy(
         self, images: Tensor, seed: int, indices, batch_size: int | None = None
@@ -398,7 +459,6 @@ class SmoothClassifier(nn.Module):
         if batch_size is not None:
             check_count("batch_size", batch_size)
         check_images(images, dims=(3, 4))
-        check_count("seed", seed, 0)
         network = unwrapped(self.base_classifier)
         takes_28x28 = type(network).forward is ConvNN.forward and not has_hooks(network)
         if takes_28x28 and images.shape[-3:] != (1, 28, 28):
@@ -407,23 +467,25 @@ class SmoothClassifier(nn.Module):
             )
         images = images[None] if images.dim() == 3 else images
         indices = range(len(images)) if indices is None else list(indices)
-        for index in indices:
-            check_count("indices", index, 0)
+        check_numbers(seed, indices)
         if len(indices) != len(images):
             raise ValueError("'indices' must hold one number for each image.")
         if has_hooks(self) or "forward" in vars(self):
             raise ValueError("Hooks on a SmoothClassifier miss its votes; hook base_classifier.")
+        steps, distances = to_grid(images, self.levels)
         # A network without parameters is wherever the images are.
-        images = images.to(next(self.parameters(), images).device, torch.float32)
-        keys = [image_key(seed, int(index)) for index in indices]
-        with forms.voters(self.base_classifier, self.precision, images) as (voter, workers):
-            yield (
-                [
-                    NoisyImage(voter, self.num_classes, image, key, self.sigma, batch_size)
-                    for image, key in zip(images, keys, strict=True)
-                ],
-                workers,
-            )
+        device = next(self.parameters(), images).device
+        steps, few = steps.to(device), images[:4].to(device, torch.float32)
+        precision = "float32" if self.levels != LEVELS else None
+        options = self._precision or precision, few, self.num_classes, batch_size
+        with forms.voters(self.base_classifier, *options) as (cast, workers):
+            noises = (Noise(seed, int(index), self.sigma, self.levels) for index in indices)
+            yield list(map(NoisyImage, repeat(cast), steps, noises, distances)), workers
+
+
+def _certificate_of(rows: list[tuple], images: Tensor) -> Certificate:
+    types = (int, float, float, int, float, int, torch.int8)
+    return Certificate(*_columns(rows, types, images))
 
 
 def _shortened(radius: float, distance: float) -> float:

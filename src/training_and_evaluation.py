@@ -314,7 +314,7 @@ def evaluate_robustness(
 
     Args:
         smooth_classifier: the SmoothClassifier to certify.
-        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        dataset: images (N, C, H, W) in [0, 1] and int64 labels (N,).
         n0, n, alpha, batch_size, seed: as for `SmoothClassifier.certify`.
         indices: numbers of the images of `dataset` to certify; default: all.
         progress: show a progress bar.
@@ -340,8 +340,8 @@ def evaluate_robustness(
 
     def rows() -> Iterator[dict]:
         bar = progress_bar(progress, indices, desc="certifying", unit="image")
-        for index, image, label in zip(bar, images, labels.tolist(), strict=True):
-            certificate = smooth_classifier.certify(image, **options, indices=[index])
+        certificates = smooth_classifier.certify_each(images, **options, indices=indices)
+        for index, label, certificate in zip(bar, labels.tolist(), certificates, strict=True):
             yield _certificate_row(int(index), label, certificate, settings)
 
     return rows()

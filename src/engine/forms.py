@@ -5,21 +5,21 @@ here knows the class ConvNN: any network with the same layers under the same nam
 """
 
 import ctypes
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from src.checks import check_function, evaluation_mode
+from src.engine.exact import ExactConvNN
+from src.engine.exact_native import NativeExact, exact_library
 from src.engine.folded import FoldedConvNN
-from src.engine.native import NativeConvNN, compiled
+from src.engine.native import NativeConvNN, float_library
 from src.engine.native_gradient import AttackedConvNN
-from src.engine.parts import FLOATS, check_precision
-from src.engine.quantized import INTEGERS, QuantizedConvNN, is_finite
+from src.engine.parts import check_precision
 from src.engine.untouched import agrees, alteration, is_untouched, unwrapped
-from src.engine.votes import IN_TURN, Workers, single_threaded_workers
+from src.engine.votes import IN_TURN, Cast, Workers, exact_cast, float_cast, single_threaded_workers
 
 
 def inference_form(network: nn.Module, precision: str) -> nn.Module:
@@ -27,7 +27,7 @@ def inference_form(network: nn.Module, precision: str) -> nn.Module:
     check_precision(precision)
     if reason := alteration(network):
         raise ValueError(f"Only a ConvNN as it is made has other forms, but {reason}.")
-    return (FoldedConvNN if precision in FLOATS else QuantizedConvNN)(network, precision)
+    return ExactConvNN(network) if precision == "exact" else FoldedConvNN(network, precision)
 
 
 def attacked_form(network: nn.Module, precision: str) -> nn.Module:
@@ -37,35 +37,33 @@ def attacked_form(network: nn.Module, precision: str) -> nn.Module:
 
 
 def voting_form(network: nn.Module, precision: str) -> nn.Module:
-    """The form that votes fastest on the network's device; `precision` is one of PRECISIONS."""
+    """The form in floats that votes fastest on the network's device."""
     form, library = inference_form(network, precision), _library(network, precision)
-    if library:
-        return NativeConvNN(form, library).eval()
-    if precision in INTEGERS:
-        warnings.warn(f"{precision!r} goes through float64 here, which is slow.", stacklevel=2)
-    return form
+    return NativeConvNN(form, library).eval() if library else form
 
 
 def _library(network: nn.Module, precision: str) -> ctypes.CDLL | None:
     """The compiled library for a network on the CPU whose layers fill the vectors, else None."""
     on_cpu = network.output.weight.device.type == "cpu"
-    library = compiled(precision) if precision != "bfloat16" and on_cpu else None
+    library = float_library() if precision == "float32" and on_cpu else None
     if library is None:
         return None
-    widths = [network.conv1.out_channels, network.conv2.out_channels]
-    if precision in INTEGERS and network.hidden is not None:
-        widths.append(network.hidden.out_features)
+    widths = network.conv1.out_channels, network.conv2.out_channels
     return None if any(width % library.lanes() for width in widths) else library
 
 
 @contextmanager
 def voters(
-    model: nn.Module, precision: str, images: Tensor
-) -> Iterator[tuple[Callable[[Tensor], Tensor], Workers]]:
-    """Yield (the network that casts the votes of a model, who shares the work).
+    model: nn.Module,
+    precision: str | None,
+    images: Tensor,
+    num_classes: int,
+    batch_size: int | None,
+) -> Iterator[tuple[Cast, Workers]]:
+    """Yield (what casts the votes of a model, who shares the work).
 
-    An unaltered ConvNN votes in its fastest form, on all cores of a CPU. Any other model votes
-    itself, in evaluation mode, one batch after another: nothing is known of its inside. It is
+    An unaltered ConvNN votes in its form for `precision`, on all cores of a CPU. Any other model
+    votes itself, in evaluation mode, one batch after another: nothing is known of its inside. It is
     first tried out on a few `images` (B, ...), which must be on its device.
 
     Raises:
@@ -76,19 +74,47 @@ def voters(
     if form is not None:
         on_cpu = images.device.type == "cpu"
         with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
-            yield form, workers
+            if isinstance(form, ExactConvNN):
+                library = exact_library() if on_cpu else None
+                native = NativeExact(form, library) if library else None
+                yield exact_cast(form, native, num_classes), workers
+            else:
+                yield float_cast(form, num_classes, batch_size), workers
         return
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     check_function(model, images.to(dtype))
     with evaluation_mode(model):
-        yield lambda noisy: model(noisy.to(dtype)), IN_TURN
+        yield float_cast(lambda noisy: model(noisy.to(dtype)), num_classes, batch_size), IN_TURN
 
 
-def _trusted_form(network: nn.Module, precision: str) -> nn.Module | None:
+def default_precision(model: nn.Module) -> str:
+    """In which a model votes if nothing else is asked for.
+
+    "exact" for an unaltered ConvNN on a CPU; "float32" for any other model, on another device, and
+    where weights have no whole numbers (`ExactConvNN`).
+    """
+    return "float32" if _exact_form(unwrapped(model)) is None else "exact"
+
+
+def _exact_form(network: nn.Module) -> ExactConvNN | None:
+    """The form in whole numbers of an unaltered network on a CPU, if it has one."""
+    if not is_untouched(network) or network.output.weight.device.type != "cpu":
+        return None
+    try:
+        form = ExactConvNN(network)
+    except ValueError:
+        return None
+    return form if agrees(form, network, "exact") else None
+
+
+def _trusted_form(network: nn.Module, precision: str | None) -> nn.Module | None:
     """The voting form of a network; None if only the network itself can vote."""
+    if precision is None:
+        return _exact_form(network) or _trusted_form(network, "float32")
     reason = alteration(network)
     if not reason:
-        form = voting_form(network, precision)
+        make = inference_form if precision == "exact" else voting_form
+        form = make(network, precision)
         if agrees(form, network, precision):
             return form
     check_form(precision, reason or "its forward pass gives other answers")
@@ -106,17 +132,6 @@ def form_name(network: nn.Module, precision: str) -> str:
     network = unwrapped(network)
     if not is_untouched(network):
         return "its own forward pass"
+    if precision == "exact":
+        return "whole numbers"
     return "batch normalisation folded" + ", convolutions in C" * bool(_library(network, precision))
-
-
-def common_precision(*networks: nn.Module) -> str:
-    """The precision in which all networks vote: "int8" if all can do so in C, else "float32".
-
-    Integers of 8 bits were the fastest on every processor measured that has instructions for
-    them (`benchmarks/certification.py`).
-    """
-    able = (
-        is_untouched(network) and is_finite(network) and _library(network, "int8")
-        for network in map(unwrapped, networks)
-    )
-    return "int8" if all(able) else "float32"

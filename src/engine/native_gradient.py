@@ -20,7 +20,7 @@ class AttackedConvNN(NativeConvNN):
 
     Args:
         form: a FoldedConvNN in float32.
-        library: `compiled` for float32.
+        library: `float_library`.
     """
 
     def __init__(self, form: nn.Module, library: ctypes.CDLL):
@@ -31,7 +31,7 @@ class AttackedConvNN(NativeConvNN):
         lanes = library.lanes()
         kernels += [F.pad(form.reverse1, (0,) * 7 + (lanes - len(form.reverse1),))]
         zeros = torch.zeros(max(lanes, *self.widths))
-        *self.back2, self.back1 = (Layer(k, zeros[: len(k)], zeros, lanes) for k in kernels)
+        *self.back2, self.back1 = (Layer(k, zeros[: len(k)], lanes) for k in kernels)
         self.back_scratch_size = library.gradients_scratch_size(*self.widths)
 
     def convolve(self, images: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
-"""The noise of a certificate, fixed by seed and image, and the votes that are cast under it."""
+"""The votes on noisy copies of an image: who casts them, and who shares the work."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.checks import checked_logits, predicted
+from src.engine.noise import STAGES, Noise
 
-# Part of the seed of every draw: no two stages of one certificate share noise.
-STAGES = {"select": 0, "estimate": 1, "predict": 2}
+# (image in steps of the grid, its noise, stage, first copy, copies) -> votes, int64 (num_classes,)
+Cast = Callable[[Tensor, Noise, str, int, int], np.ndarray]
+# Copies per task at most, so that all workers end at about the same time.
+TASK = 4096
 
 
 class Workers(NamedTuple):
@@ -28,19 +30,16 @@ IN_TURN = Workers(map, 1)
 
 
 class NoisyImage(NamedTuple):
-    """One image under Gaussian noise, and the network that votes on its noisy copies.
+    """One image under its noise, and what casts votes on its noisy copies.
 
-    The first copies are the same whatever their number, the batch size and the workers.
-    Memory does not grow with the number of copies. The methods raise ValueError if the network
-    returns logits of another shape.
+    The copies are the same whatever their number, the batch size and the workers. Memory does not
+    grow with the number of copies.
     """
 
-    network: Callable[[Tensor], Tensor]  # (B, 1, 28, 28) -> logits (B, num_classes)
-    num_classes: int
-    image: Tensor  # (1, 28, 28), on the device of the network
-    key: int  # `image_key`; together with the stage it determines the noise
-    sigma: float  # standard deviation of the noise, in pixel units
-    batch_size: int | None = None  # at most this many copies pass through the network at once
+    cast: Cast
+    steps: Tensor  # int32 (C, H, W), the image in steps of the grid
+    noise: Noise
+    distance: float = 0.0  # l2, from the image to the point on the grid
 
     def votes(self, stage: str, n: int, workers: Workers = IN_TURN) -> np.ndarray:
         """Votes on `n` noisy copies: int64 (num_classes,).
@@ -52,83 +51,91 @@ class NoisyImage(NamedTuple):
             n: number of copies.
             workers: who shares the work.
         """
-        blocks = range(-(-n // _block_size(self.image.device)))
+        # In floats rounding depends on the batch: whole batches, whatever the number of workers.
+        size = block_size(self.steps.device)
+        size *= max(1, min(TASK, -(-n // workers.number)) // size)
 
-        def count(share: Iterable[int]) -> np.ndarray:
-            counts = self._zeros()
-            for copies in self._draw(stage, share, n):
-                for batch in copies.split(self.batch_size or len(copies)):
-                    self._add_votes(counts, batch)
-            return counts.cpu().numpy()
+        def count(first: int) -> np.ndarray:
+            return self.cast(self.steps, self.noise, stage, first, min(size, n - first))
 
-        shares = [blocks[first :: workers.number] for first in range(workers.number)]
-        return sum(workers.map(count, shares))[:-1]
+        return sum(workers.map(count, range(0, n, size)))
 
     def running_votes(self, stage: str, looks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (look, votes on the first `look` copies) for each of the ascending `looks`.
 
         No copy is drawn before its look is asked for.
         """
-        counts, copies, done = self._zeros(), self.image[:0], 0
-        blocks = self._draw(stage, itertools.count(), looks[-1])
+        counts, done = 0, 0
         for look in looks:
-            while done < look:
-                copies = copies if len(copies) else next(blocks)
-                batch, copies = copies[: look - done], copies[look - done :]
-                self._add_votes(counts, batch)
-                done += len(batch)
-            yield look, counts[:-1].cpu().numpy()
+            counts = counts + self.cast(self.steps, self.noise, stage, done, look - done)
+            done = look
+            yield look, counts
 
-    def _draw(self, stage: str, blocks: Iterable[int], n: int) -> Iterator[Tensor]:
-        """Yield the noisy copies (size, 1, 28, 28) of these blocks, up to copy `n` of the image.
 
-        All noise of all certificates is drawn here.
-        """
-        size = _block_size(self.image.device)
-        generator = torch.Generator(self.image.device)
-        noise = torch.empty((size, *self.image.shape), device=self.image.device)
-        for block in blocks:
-            generator.manual_seed(block_seed(self.key, stage, block))
-            # Always a whole block, even if only a part is used: the draws must not depend on n.
-            noise.normal_(0, self.sigma, generator=generator)
-            yield noise[: n - block * size].add_(self.image)
+def exact_cast(form: nn.Module, native, num_classes: int) -> Cast:
+    """Votes of an ExactConvNN: in C by `native`, a NativeExact of it, or through torch if None.
 
-    def _zeros(self) -> Tensor:
-        """Counts per class; the last entry counts the NaNs."""
-        return torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self.image.device)
+    Both give the same votes. Raises ValueError if the form has another number of classes.
+    """
+    _check_classes((1, form.num_classes), 1, num_classes)
+    if native:
+        return lambda steps, noise, stage, first, count: native.votes(
+            steps, noise, STAGES[stage], first, count
+        )
+
+    def cast(steps: Tensor, noise: Noise, stage: str, first: int, count: int) -> np.ndarray:
+        counts = torch.zeros(num_classes, dtype=torch.int64, device=steps.device)
+        for start, size in _batches(first, count, block_size(steps.device)):
+            counts += form.classes(noise.copies(steps, stage, start, size)).bincount(
+                minlength=num_classes
+            )
+        return counts.cpu().numpy()
+
+    return cast
+
+
+def float_cast(
+    network: Callable[[Tensor], Tensor], num_classes: int, batch_size: int | None
+) -> Cast:
+    """Votes of a network in floats: (B, C, H, W) -> logits (B, num_classes).
+
+    At most `batch_size` copies pass through it at once. The votes raise ValueError if it returns
+    logits of another shape.
+    """
 
     @torch.no_grad()
-    def _add_votes(self, counts: Tensor, batch: Tensor) -> None:
-        logits, expected = self.network(batch), (len(batch), self.num_classes)
-        if isinstance(logits, Tensor) and logits.shape != expected:
-            raise ValueError(
-                f"'base_classifier' returned logits of shape {tuple(logits.shape)}; "
-                f"expected {expected}, the second being 'num_classes'."
-            )
-        logits = checked_logits(logits, len(batch), name="base_classifier")
-        vote = predicted(logits, none=self.num_classes)
-        counts.scatter_add_(0, vote, torch.ones_like(vote))
+    def cast(steps: Tensor, noise: Noise, stage: str, first: int, count: int) -> np.ndarray:
+        # The last entry counts the NaNs.
+        counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=steps.device)
+        for start, size in _batches(first, count, batch_size or block_size(steps.device)):
+            copies = noise.copies(steps, stage, start, size).float() / noise.levels
+            logits = network(copies)
+            if isinstance(logits, Tensor):
+                _check_classes(logits.shape, size, num_classes)
+            logits = checked_logits(logits, size, name="base_classifier")
+            vote = predicted(logits, none=num_classes)
+            counts.scatter_add_(0, vote, torch.ones_like(vote))
+        return counts[:-1].cpu().numpy()
+
+    return cast
 
 
-def image_key(seed: int, index: int) -> int:
-    """32 bits that stand for one image of a data set under one seed."""
-    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+def _check_classes(shape: Sequence[int], count: int, num_classes: int) -> None:
+    if tuple(shape) != (count, num_classes):
+        raise ValueError(
+            f"'base_classifier' returned logits of shape {tuple(shape)}; "
+            f"expected {(count, num_classes)}, the second being 'num_classes'."
+        )
 
 
-def block_seed(key: int, stage: str, block: int) -> int:
-    """Seed of one block of noise; all blocks of all stages of one image have different seeds.
-
-    This is the last step of MurmurHash3, which maps 32 bits one to one. The generator of torch
-    on the CPU (a Mersenne Twister) takes in 32 bits and no more.
-    """
-    value = (4 * block + STAGES[stage]) ^ key
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        value = ((value ^ (value >> shift)) * factor) & 0xFFFFFFFF
-    return value ^ (value >> 16)
+def _batches(first: int, count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first copy, copies) of each batch."""
+    for start in range(first, first + count, size):
+        yield start, min(size, first + count - start)
 
 
-def _block_size(device: torch.device) -> int:
-    """Number of copies whose noise is drawn at once; it is also the default batch size."""
+def block_size(device: torch.device) -> int:
+    """Number of copies that pass through a network at once, if nothing else is asked for."""
     # 128 copies and their first features fit into the second-level cache of a core.
     return 128 if device.type == "cpu" else 2048
 
@@ -137,9 +144,8 @@ def _block_size(device: torch.device) -> int:
 def single_threaded_workers() -> Iterator[Workers]:
     """As many workers as torch has threads; each works with one thread.
 
-    torch draws normals with a single thread, and small convolutions gain little from several.
-    Whole blocks of noise in parallel keep the cores busier. The votes then do not depend on the
-    number of threads either.
+    Small convolutions gain little from several threads. Whole blocks of copies in parallel keep the
+    cores busier. The votes then do not depend on the number of threads either.
     """
     threads = torch.get_num_threads()
     try:

@@ -1,14 +1,15 @@
 """A data set certified to a file of rows, with the settings behind them in its twin."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from src.checkpoints import weights_digest
 from src.engine.forms import form_name
+from src.engine.noise import to_grid
 from src.models import SmoothClassifier
 from src.records.recording import record_certificates
 from src.records.twins import indices_digest
@@ -82,20 +83,13 @@ def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settin
         "form": form_name(smooth.base_classifier, smooth.precision),
         "exact": smooth.exact,
         "sampler_cost": smooth.sampler_cost(pixels, draws),
-        "off_grid": off_grid(images),
+        "levels": smooth.levels,
+        "off_grid": off_grid(images, smooth.levels),
         **settings,
     }
 
 
-def off_grid(images: Tensor) -> float:
-    """The largest l2 distance of an image (B, C, H, W) from the grid of 1/255, in pixel units.
-
-    A pixel that is the nearest number of its type to a multiple of 1/255 lies on the grid.
-    """
-    farthest = 0.0
-    for image in images:
-        exact = image.double()
-        nearest = (exact * 255).round() / 255
-        moved = torch.where(image == nearest.to(image.dtype), 0.0, exact - nearest)
-        farthest = max(farthest, float(moved.norm()))
-    return farthest
+def off_grid(images: Tensor, levels: int) -> float:
+    """The largest l2 distance of an image (B, C, H, W) from the grid of 1 / levels."""
+    parts = (to_grid(part, levels)[1] for part in images.split(1000))
+    return max(itertools.chain.from_iterable(parts), default=0.0)

@@ -7,6 +7,7 @@ import numpy as np
 
 from src.checkpoints import load_checkpoint, weights_digest
 from src.engine.forms import form_name
+from src.engine.lattice import LEVELS
 from src.models import SmoothClassifier
 from src.records.recording import is_same_draw
 from src.records.rows import older_columns, read_rows
@@ -47,9 +48,10 @@ def redraw(
         raise ValueError(f"{path} cannot be drawn again: its twin has no {min(missing)}.")
     if older_columns(read_exactly(Path(path))):
         raise ValueError(f"{path} cannot be drawn again: it is of an older release.")
-    precision = settings["precision"]
-    # The noise depends on the type of device.
-    model = load_checkpoint(checkpoint, get_device(settings.get("device", "cpu")))
+    precision, levels = settings["precision"], settings.get("levels", LEVELS)
+    # Exact votes are the same on every device; the CPU is the fastest.
+    device = "cpu" if settings.get("exact") else settings.get("device", "cpu")
+    model = load_checkpoint(checkpoint, get_device(device))
     test, found = load_mnist("test", data), read_rows(path)
     if settings["model_digest"] != weights_digest(model.state_dict()):
         return [f"{checkpoint} is not the model behind the rows"]
@@ -62,7 +64,7 @@ def redraw(
     hint = "" if form == recorded else f"; the form was {recorded!r}, here it is {form!r}"
     problems = []
     for row in (found[number] for number in sorted(chosen)):
-        smooth = SmoothClassifier(model, float(row["sigma"]), precision=precision)
+        smooth = SmoothClassifier(model, float(row["sigma"]), precision=precision, levels=levels)
         settings = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
         settings |= {"seed": int(row["seed"]), "indices": [int(row["index"])], "progress": False}
         (again,) = evaluate_robustness(smooth, test, **settings)

@@ -82,7 +82,7 @@ def certify_models(
     results: str | Path,
     *,
     sigma: float,
-    precision: str,
+    precision: str | None,
     facts: Mapping,
     shard: tuple[int, int] = (1, 1),
     **settings,
@@ -103,14 +103,20 @@ def certify_models(
     print(f"Certifying at sigma = {sigma:g}, n = {settings['n']:,}, alpha = {settings['alpha']:g}")
     rows = {}
     for name, model in models.items():
-        clean = accuracy(model.inference_form(precision), test)
-        print(f"Certifying the {name} model, {clean:.2%} correct on clean images in {precision}")
+        smooth = SmoothClassifier(model, sigma, precision=precision)
+        clean, in_floats = (
+            accuracy(model.inference_form(form), test) for form in (smooth.precision, "float32")
+        )
+        print(
+            f"Certifying the {name} model, {clean:.2%} correct on clean images "
+            f"({smooth.precision}; float32: {in_floats:.2%})"
+        )
         rows[name] = certify_dataset(
-            SmoothClassifier(model, sigma, precision=precision),
+            smooth,
             test,
             certificates_path(results, name, shard),
             indices=indices,
-            facts={**facts, "clean_accuracy": clean},
+            facts={**facts, "clean_accuracy": clean, "clean_accuracy_float32": in_floats},
             shard=shard,
             progress=is_main(),
             **settings,

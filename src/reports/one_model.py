@@ -119,7 +119,7 @@ def report_smoothing(
         resume: keep the certificates of an interrupted run, see `record_certificates`.
     """
     title, sigma = output.title, f"$\\sigma$ = {smooth.sigma:g}"
-    clean = _print_accuracies(smooth, test, images, seed, title)
+    accuracies = _print_accuracies(smooth, test, images, seed, title)
     rows = certify_dataset(
         smooth,
         test,
@@ -129,14 +129,14 @@ def report_smoothing(
         seed=seed,
         indices=indices,
         resume=resume,
-        facts={**output.facts, "clean_accuracy": clean},
+        facts={**output.facts, **accuracies},
     )
     print("\n" + certificate_lines({title: rows}, [step * smooth.sigma / 2 for step in range(6)]))
     plot_certified_accuracy(
         {title: rows},
         output.figure("certified_accuracy"),
         f"{title}, {sigma}: {len(rows)} test images, n = {n:,}",
-        clean={title: clean},
+        clean={title: accuracies["clean_accuracy"]},
     )
     plot_gallery(
         *_noisy_gallery(smooth, test, seed),
@@ -145,21 +145,28 @@ def report_smoothing(
     )
 
 
-def _print_accuracies(smooth: SmoothClassifier, test, images: int, seed: int, title: str) -> float:
-    """Print the accuracy of the base and the smoothed classifier; return the base's on `test`."""
+def _print_accuracies(smooth: SmoothClassifier, test, images: int, seed: int, title: str) -> dict:
+    """Print the accuracies of the base and the smoothed classifier; return those of the base."""
     few = spread(test, images)
     predictions = smooth.predict(few.tensors[0], n=1000, seed=seed)
-    base = smooth.base_classifier.inference_form(smooth.precision)
-    clean = accuracy(base, test)
-    noisy = accuracy(SmoothClassifier(base, smooth.sigma), test)
-    lines = [
-        (f"base, clean images, {smooth.precision}", f"{len(test):,}", percent(clean)),
-        (f"base, one noisy draw, {smooth.precision}", f"{len(test):,}", percent(noisy)),
+    facts, lines, count = {}, [], f"{len(test):,}"
+    for precision in dict.fromkeys((smooth.precision, "float32")):
+        base = smooth.base_classifier.inference_form(precision)
+        # The same noise for both.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            shares = accuracy(base, test), accuracy(SmoothClassifier(base, smooth.sigma), test)
+        ending = "" if precision == smooth.precision else f"_{precision}"
+        kinds = {"clean": "clean images", "noisy": "one noisy draw"}
+        for (kind, words), share in zip(kinds.items(), shares, strict=True):
+            facts[f"{kind}_accuracy{ending}"] = share
+            lines.append((f"base, {words}, {precision}", count, percent(share)))
+    lines += [
         ("smoothed (n = 1,000)", f"{len(few):,}", _share(predictions == few.tensors[1])),
         ("abstentions", f"{len(few):,}", _share(predictions == ABSTAIN)),
     ]
     print("\n" + format_table((title, "images", "% [95 % interval]"), lines))
-    return clean
+    return facts
 
 
 def _noisy_gallery(smooth: SmoothClassifier, test: TensorDataset, seed: int):

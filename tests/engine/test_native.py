@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from src.engine.quantized import INTEGERS
 from torch import nn
 
 from src.engine.folded import FoldedConvNN
 from src.engine.forms import common_precision, form_name, voting_form
 from src.engine.native import NativeConvNN, compiled
-from src.engine.quantized import INTEGERS
 from src.models import ConvNN, SmoothClassifier
 
 # Where there is no compiler, the project does without these convolutions as well.

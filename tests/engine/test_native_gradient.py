@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from src.engine.quantized import INTEGERS
 
 from src.engine.folded import FoldedConvNN
 from src.engine.forms import attacked_form
 from src.engine.native import compiled
 from src.engine.native_gradient import AttackedConvNN
 from src.engine.parts import apply_thresholds
-from src.engine.quantized import INTEGERS
 from src.engine.untouched import evaluation_form
 from src.models import ConvNN
 from tests.engine import test_native

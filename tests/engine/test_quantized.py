@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from src.engine.quantized import INTEGERS, PIXEL_LIMIT, QuantizedConvNN, summed_in_16_bits
+
 from src.models import ConvNN, SmoothClassifier
 from tests.engine.test_native import images_of, trained
 
