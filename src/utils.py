@@ -16,8 +16,11 @@ from src.mnist.files import read_mnist
 from src.optimisation.processes import process_count
 
 
-def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:
+def load_mnist(split: str, root: str | os.PathLike | None = None) -> TensorDataset:
     """MNIST's "train" (N = 60,000) or "test" (N = 10,000) part in canonical order.
+
+    It is read from the folder `root` and fetched into it if it is not there. None is `data` of the
+    repository, whatever the working directory is.
 
     Returns:
         images: (N, 1, 28, 28) float32 in [0, 1], byte / 255; labels: (N,) int64.
@@ -42,7 +45,7 @@ def data_digest(dataset: TensorDataset) -> str:
 
 
 def load_training_data(
-    root: str | os.PathLike, held_out: int, *, quick: bool = False
+    root: str | os.PathLike | None, held_out: int, *, quick: bool = False
 ) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
     """Training images without the last `held_out`, those held-out ones, and test images.
 

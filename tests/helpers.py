@@ -4,6 +4,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+# Makes a script work in the working directory. By default it takes the folders of the repository.
+HERE = [f"--{name}={name}" for name in ("data", "models", "results", "figures")]
+
 
 def halves(count=256, side=8, seed=0):
     """Which half is bright: separable, also after a shift by a pixel."""

@@ -19,6 +19,7 @@ from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
 from src.files import lock_file
 from src.records.rows import read_rows
 from src.reports.comparison import load_models
+from tests.helpers import HERE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("main_training", "main_adv_training", "main_random_smoothing", "main_compare")
@@ -33,7 +34,7 @@ def finished(tmp_path_factory, mnist_root):
     os.chdir(folder)
     try:
         for script in (main_training, main_adv_training, main_random_smoothing, main_compare):
-            script.main(["--quick"])
+            script.main(["--quick", *HERE])
     finally:
         os.chdir(before)
     return folder
@@ -80,7 +81,7 @@ def test_certificates_can_be_recomputed_from_their_counts(finished):
 
 def test_json_twin_says_what_made_the_rows(finished):
     facts = json.loads((finished / "results" / "certificates_smoothed.json").read_text())
-    assert facts["facts"]["command"] == "python main_compare.py --quick"
+    assert facts["facts"]["command"] == f"python main_compare.py --quick {' '.join(HERE)}"
     assert facts["facts"]["versions"]["torch"] == version("torch")
     weights = load_checkpoint(finished / "models/randomized_smoothing.pt").state_dict()
     assert facts["settings"]["model_digest"] == weights_digest(weights)
@@ -138,7 +139,7 @@ def test_curves_are_those_of_the_smallest_epsilons(finished, name):
 def test_same_command_gives_the_same_bytes(finished, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(finished / "data")
     monkeypatch.chdir(tmp_path)
-    main_random_smoothing.main(["--quick"])
+    main_random_smoothing.main(["--quick", *HERE])
     name = "results/randomized_smoothing_certificates.csv"
     assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     weights = [load_checkpoint(f / "models/randomized_smoothing.pt") for f in (tmp_path, finished)]
@@ -163,7 +164,7 @@ def test_options_of_training_reach_it(mnist_root, tmp_path, monkeypatch, script)
     monkeypatch.setattr(script, "train_model", train)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Reached):
-        script.main(["--quick", f"--data={mnist_root}", *options])
+        script.main(["--quick", *HERE, f"--data={mnist_root}", *options])
     assert {name: given[name] for name in wanted} == wanted
 
 
@@ -178,7 +179,7 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
     (tmp_path / rows).write_bytes(whole[: len(whole) // 2])
     stored = (tmp_path / model).stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
-    main_random_smoothing.main(["--quick", "--resume"])
+    main_random_smoothing.main(["--quick", *HERE, "--resume"])
     assert (tmp_path / rows).read_bytes() == whole
     assert (tmp_path / model).stat().st_mtime_ns == stored
     # Rows that were made again would have been set aside first.
@@ -189,10 +190,10 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
         ("--weight-decay=0.1", r"weight_decay = 0\.01"),
     ):
         with pytest.raises(ValueError, match=f"was trained with {was}, which is not what"):
-            main_random_smoothing.main(["--quick", "--resume", other])
+            main_random_smoothing.main(["--quick", *HERE, "--resume", other])
     # The checkpoint fits other votes, the rows do not.
     with pytest.raises(ValueError, match="precision"):
-        main_random_smoothing.main(["--quick", "--resume", "--precision=int16"])
+        main_random_smoothing.main(["--quick", *HERE, "--resume", "--precision=int16"])
     assert (tmp_path / rows).read_bytes() == whole
 
 
@@ -218,7 +219,7 @@ def test_votes_that_a_device_lacks_are_refused_before_training(finished, monkeyp
     monkeypatch.setattr(main_random_smoothing.ConvNN, "inference_form", refuse)
     monkeypatch.setattr(main_random_smoothing, "train_model", lambda *_, **__: pytest.fail("late"))
     with pytest.raises(ValueError, match="no int8 here"):
-        main_random_smoothing.main(["--quick", "--precision=int8", "--name=other"])
+        main_random_smoothing.main(["--quick", *HERE, "--precision=int8", "--name=other"])
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -231,11 +232,11 @@ def test_two_comparisons_do_not_write_one_folder(finished, monkeypatch, process)
     monkeypatch.chdir(finished)
     error = OSError if process == 0 else ZeroDivisionError
     with lock_file(Path("results/comparison")), pytest.raises(error):
-        main_compare.main(["--quick"])
+        main_compare.main(["--quick", *HERE])
 
 
 def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root):
-    ended = start("main_compare", "--quick", "--data", str(mnist_root), cwd=tmp_path)
+    ended = start("main_compare", "--quick", *HERE, "--data", str(mnist_root), cwd=tmp_path)
     assert ended.returncode != 0
     sentence = (
         "error: There is no checkpoint models/standard_training.pt; "
@@ -298,7 +299,7 @@ def test_help_gives_units_and_defaults(script, columns, monkeypatch):
     ],
 )
 def test_bad_option_is_one_sentence_and_a_failure(script, options, tmp_path, mnist_root):
-    ended = start(script, *options, "--data", str(mnist_root), cwd=tmp_path)
+    ended = start(script, *HERE, *options, "--data", str(mnist_root), cwd=tmp_path)
     assert ended.returncode != 0
     assert "error: " in ended.stderr
     assert "Traceback" not in ended.stderr
