@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import sys
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from src.checks import check_count, check_tensors
+from src.mnist.digits import read_digit
 from src.mnist.files import read_mnist
 from src.optimisation.processes import process_count
 
@@ -33,6 +35,26 @@ def load_mnist(split: str, root: str | os.PathLike | None = None) -> TensorDatas
     images, labels = read_mnist(split, root)
     pixels = np.divide(images[:, None], 255, dtype=np.float32)
     return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def load_image(path: str | os.PathLike) -> torch.Tensor:
+    """An image file of one's own digit as the networks want it.
+
+    Grey or colour, of any size, dark on light or light on dark: the digit is cropped, scaled and
+    centred as MNIST's are, and a warning says each thing that was guessed. An image in MNIST's form
+    comes back as it is.
+
+    Returns:
+        (1, 28, 28) float32 in [0, 1], each pixel byte / 255: ink 1 on background 0.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image that can be read, or is blank, too small or too large.
+    """
+    digit = read_digit(path)
+    for note in digit.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return torch.from_numpy(np.divide(digit.pixels[None], 255, dtype=np.float32))
 
 
 def data_digest(dataset: TensorDataset) -> str:
