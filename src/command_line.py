@@ -232,6 +232,16 @@ def stem(text: str) -> str:
     return text
 
 
+def named_file(text: str) -> tuple[str, str]:
+    """Type of an option: "NAME=FILE" as (NAME, FILE); the name can begin a file name."""
+    name, _, file = text.partition("=")
+    if not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
+    if ".shard-" in name or ".previous-" in name:
+        raise argparse.ArgumentTypeError(f"{name!r} would look like a part of other rows")
+    return stem(name), file
+
+
 def share(text: str) -> tuple[int, int]:
     """Type of an option: "k/n" as (k, n), 1 <= k <= n, 2 <= n."""
     part, _, parts = text.partition("/")

@@ -43,6 +43,12 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     }
 
 
+def from_repository(path: str | os.PathLike) -> str:
+    """A path as results record it: from the top of the repository if it lies in there."""
+    full = Path(path).absolute()
+    return full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else str(path)
+
+
 # Results depend on these files, new ones included.
 _CODE = ("*.py", "*.c", "*.h", "requirements.txt")
 

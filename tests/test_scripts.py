@@ -6,9 +6,11 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 import main_adv_training
 import main_compare
@@ -17,8 +19,10 @@ import main_training
 from src.certification.bounds import certified_radius, lower_confidence_bound
 from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
 from src.files import lock_file
+from src.models import ConvNN
 from src.records.rows import read_rows
-from src.reports.comparison import load_models
+from src.reports.comparison import common_sigma, default_files, load_models
+from src.utils import load_image
 from tests.helpers import HERE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,12 +253,109 @@ def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root)
 def test_checkpoints_of_the_comparison_may_lie_anywhere(finished, tmp_path):
     own = tmp_path / "mine.pt"
     own.write_bytes((finished / "models" / "standard_training.pt").read_bytes())
-    models = load_models(finished / "models", "cpu", {"smoothed": own, "standard": None})
+    files = default_files(finished / "models", {"smoothed": own, "standard": None})
+    models = load_models(files, "cpu")
     weights = [models[name].output.weight for name in ("standard", "smoothed", "adversarial")]
     assert torch.equal(weights[0], weights[1])
     assert weights[0].shape != weights[2].shape
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pt"):
-        load_models(finished / "models", "cpu", {"standard": tmp_path / "absent.pt"})
+        load_models(files | {"standard": tmp_path / "absent.pt"}, "cpu")
+
+
+def test_any_models_are_compared_from_any_directory(tmp_path, mnist_root):
+    # Names that matplotlib would leave out, or read as mathematics.
+    names = ["_mine", "theirs", "$x$", "d"]
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        facts = {"sigma": 0.25} if name == "theirs" else {}
+        save_checkpoint(tmp_path / f"{seed}.pt", ConvNN((2, 3)), **facts)
+    words = [f"--{name}={name}" for name in ("models", "results", "figures")]
+    words += [f"--model={name}={seed}.pt" for seed, name in enumerate(names)]
+    words += ["--quick", "--every=2000", "--steps=1", "--precision=float32"]
+    ended = start("main_compare", *words, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    results, figures = tmp_path / "results", tmp_path / "figures"
+    rows = {path.stem for path in results.glob("certificates_*.csv")}
+    assert rows == {f"certificates_{name}" for name in names}
+    attacks = read_rows(results / "comparison_attacks.csv")
+    assert list(dict.fromkeys(row["model"] for row in attacks)) == names
+    facts = json.loads((results / "comparison_attacks.json").read_text())
+    assert set(facts["checkpoints"]) == set(names)
+    weights = load_checkpoint(tmp_path / "0.pt").state_dict()
+    assert facts["checkpoints"]["_mine"] == {"file": "0.pt", "digest": weights_digest(weights)}
+    assert facts["options"]["data"] == "data"
+    assert str(ROOT) not in json.dumps(facts)
+    # The sigma of the one model that was trained under noise.
+    assert facts["options"]["sigma"] == 0.25
+    assert len(list(figures.iterdir())) == 4
+    assert "Figures in figures/, rows in results/" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model", "a"], "not of the form NAME=FILE"),
+        (["--model", "a="], "not of the form NAME=FILE"),
+        (["--model", "=x.pt"], "beginning of a file name"),
+        (["--model", "a/b=x.pt"], "beginning of a file name"),
+        (["--model", "comparison=x.pt"], "main_compare"),
+        (["--model", "a.shard-1-of-2=x.pt"], "other rows"),
+        (["--model", "a=x.pt", "--model", "A=y.pt"], "same name"),
+        ([f"--model={k}=x.pt" for k in range(9)], "at most 8"),
+        (["--model", "a=x.pt", "--smoothed", "y.pt"], "--smoothed has no effect with --model"),
+        (["--model", "a=absent.pt"], "no checkpoint absent.pt."),
+        (["--image", "x.png", "--resume"], "--resume has no effect with --image"),
+        (["--image", "x.png", "--two-sided"], "--two-sided has no effect with --image"),
+        (["--image", "a/x.png", "--image", "b/x.jpg"], "same name"),
+    ],
+)
+def test_names_that_leave_something_open_are_refused(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, ValueError, OSError), match=sentence):
+        main_compare.main(["--quick", *HERE, *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sigma_of_the_comparison_is_that_of_the_first_model_that_has_one():
+    def model(**facts):
+        return SimpleNamespace(facts=facts)
+
+    assert common_sigma({"a": model(), "b": model(sigma=0.25), "c": model(sigma=1.0)}) == 0.25
+    assert common_sigma({"a": model(), "b": model()}) == 0.5
+
+
+def test_a_digit_of_ones_own_is_read_attacked_and_certified(
+    finished, tmp_path, monkeypatch, capsys
+):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()}
+    page = Image.new("RGB", (400, 300), (240, 240, 230))
+    ImageDraw.Draw(page).line([(150, 60), (250, 60), (180, 240)], fill=(20, 20, 90), width=16)
+    page.save(tmp_path / "seven.png")
+    monkeypatch.chdir(finished)
+    network = load_checkpoint("models/randomized_smoothing.pt")
+    with pytest.warns(UserWarning, match="inverted"):
+        image = load_image(tmp_path / "seven.png")
+    read = int(network(image[None]).argmax())
+    capsys.readouterr()
+    options = ["--quick", *HERE, f"--figures={tmp_path}", "--n=1000"]
+    main_compare.main([*options, "--image", str(tmp_path / "seven.png")])
+    told = capsys.readouterr().out
+    for words in (
+        "inverted",
+        "cropped",
+        "smallest attack found, l2",
+    ):
+        assert words in told
+    assert "model standard adversarial smoothed" in " ".join(told.split())
+    (line,) = [line for line in told.splitlines() if line.startswith("reads")]
+    assert f"{read} (" in line.split("%)")[2]
+    assert (tmp_path / "image_seven.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+    # No row of the comparison is touched.
+    assert {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()} == before
+    Image.new("L", (90, 90)).save(tmp_path / "blank.png")
+    with pytest.raises(ValueError, match="is blank"):
+        main_compare.main([*options, "--image", str(tmp_path / "blank.png")])
+    assert not (tmp_path / "image_blank.png").exists()
 
 
 @pytest.mark.parametrize(

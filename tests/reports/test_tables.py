@@ -9,6 +9,7 @@ from scipy.stats import binom
 from src.certification.intervals import accuracy_interval
 from src.records.rows import read_rows, write_rows
 from src.reports.tables import (
+    WIDEST,
     attack_lines,
     certificate_lines,
     format_table,
@@ -167,3 +168,15 @@ def test_population_interval_is_wider_than_sampling_alone():
     sampling = accuracy_interval(90, 100)[0], accuracy_interval(95, 100)[1]
     assert low == pytest.approx(100 * (sampling[0] - 0.01) / 0.99, abs=0.06)
     assert high == pytest.approx(min(100 * sampling[1] / 0.99, 100), abs=0.06)
+
+
+def test_many_columns_go_into_several_tables():
+    names = [f"a model with the name {k}" for k in "abcdefghijkl"]
+    rows = [("first", *map(str, range(12))), ("second", *map(str, range(12, 24)))]
+    tables = format_table(("", *names), rows).split("\n\n")
+    assert len(tables) > 1
+    assert max(map(len, "\n".join(tables).splitlines())) <= WIDEST
+    header, _, first, second = zip(*(table.splitlines() for table in tables), strict=True)
+    assert all(sum(name in line for line in header) == 1 for name in names)
+    assert " ".join(line.removeprefix("first") for line in first).split() == list(rows[0][1:])
+    assert " ".join(line.removeprefix("second") for line in second).split() == list(rows[1][1:])
