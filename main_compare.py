@@ -2,31 +2,45 @@
 
 Command: python main_compare.py, after the three scripts that train the models.
 
-Smooths the standard, the adversarial and the smoothed model with the same noise and certifies the
-same test images, then attacks the models without noise. Writes results/certificates_<model>.csv,
-results/comparison_attacks.csv, results/comparison_smallest_epsilons.csv and figures.
+Smooths the standard, the adversarial and the smoothed model, or any that --model names, with the
+same noise and certifies the same test images, then attacks the models without noise. Writes
+results/certificates_<model>.csv, results/comparison_attacks.csv,
+results/comparison_smallest_epsilons.csv and figures. With --image it only reads that image.
 """
 
 from pathlib import Path
 
 from src.certification import minimum_successes
-from src.command_line import count, number, parse, run, script_parser, share, when_interrupted
+from src.command_line import (
+    count,
+    named_file,
+    number,
+    parse,
+    run,
+    script_parser,
+    share,
+    when_interrupted,
+)
 from src.engine.parts import PRECISIONS
 from src.files import check_target, lock_file
 from src.optimisation.processes import is_main, process_count, rank, restarted, wait_for_all
 from src.provenance import provenance
 from src.reports.comparison import (
     MODELS,
+    MOST_MODELS,
     attack_models,
     certify_models,
     challenge_models,
+    checkpoint_facts,
+    common_sigma,
+    default_files,
     drop_shards,
     load_models,
     merge_shards,
     report_comparison,
     set_targets_aside,
-    smoothing_sigma,
 )
+from src.reports.own_image import report_image
 from src.utils import get_device, load_mnist, seed_everything
 
 
@@ -34,15 +48,25 @@ def main(argv=None):
     args = complete(parse(option_parser(), argv, every=1000, n=500))
     device = get_device(args.device)
     seed_everything(args.seed)
+    chosen = {name: getattr(args, name) for name in MODELS}
+    files = dict(args.model or default_files(args.models, chosen))
+    models = load_models(files, device)
+    args.sigma = args.sigma or common_sigma(models)
+    if args.image:
+        report_images(models, args)
+        return
+    facts = provenance(Path(__file__).stem, args, argv)
+    facts["checkpoints"] = checkpoint_facts(files, models)
+    compare(models, args, facts)
+
+
+def compare(models, args, facts):
+    """Certify and attack the models on test images, and report."""
     test = load_mnist("test", args.data)
     indices = range(0, len(test), args.every)
     shard = args.shard or (rank() + 1, process_count())
-    models = load_models(args.models, device, {name: getattr(args, name) for name in MODELS})
-    args.sigma = args.sigma or smoothing_sigma(models["smoothed"])
     results = Path(args.results)
     resume = args.resume or restarted()
-    facts = provenance(Path(__file__).stem, args, argv)
-
     reports = is_main() and not args.shard
     # One run at a time: tables and figures must be of the rows that lie beside them.
     name = "comparison" if reports else "comparison-{}-of-{}".format(*shard)
@@ -67,6 +91,15 @@ def main(argv=None):
             wait_for_all()
             if reports:
                 report(models, test, indices, certificates, args, facts)
+
+
+def report_images(models, args):
+    """Report what the models read in images of one's own; no file of a comparison is touched."""
+    names = ("sigma", "precision", "n0", "n", "alpha", "seed", "steps")
+    for path in args.image:
+        figure = Path(args.figures) / f"image_{Path(path).stem}.png"
+        report_image(models, path, figure, **{name: getattr(args, name) for name in names})
+        print(f"Figure in {figure}\n")
 
 
 def report(models, test, indices, certificates, args, facts):
@@ -104,20 +137,52 @@ def complete(args):
     for name in ("steps", "challenge"):
         if args.shard and getattr(args, name):
             raise ValueError(f"--{name} has no effect with --shard, which only certifies.")
+    if args.image and process_count() > 1:
+        raise ValueError("--image takes one process, not several of torchrun.")
+    for name in ("shard", "challenge", "resume", "two_sided"):
+        if args.image and getattr(args, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} has no effect with --image, which writes no rows.")
+    check_names(args)
     args.steps = args.steps or (4 if args.quick else 40)
     return args
 
 
+def check_names(args):
+    """ValueError if the names of models or images leave open which is which."""
+    if given := [name for name in MODELS if args.model and getattr(args, name)]:
+        raise ValueError(
+            f"--{given[0]} has no effect with --model; give --model {given[0]}=FILE instead."
+        )
+    # Some file systems do not tell capitals from small letters.
+    names = [name.casefold() for name, _ in args.model or []]
+    if len(set(names)) < len(names):
+        raise ValueError("Two models have the same name; give each --model its own NAME.")
+    figures = [Path(path).stem.casefold() for path in args.image or []]
+    if len(set(figures)) < len(figures):
+        raise ValueError("Two images have the same name, and so would their figures; rename one.")
+    if len(names) > MOST_MODELS:
+        raise ValueError(
+            f"{len(names)} models are too many for the figures: at most {MOST_MODELS}."
+        )
+
+
 def option_parser():
     parser = script_parser(__doc__, "python main_compare.py --every 100 --n 1000")
+    named = "a model of that name from this checkpoint, in place of the three; may be repeated"
+    own = {"action": "append", "metavar": "NAME=FILE", "type": named_file}
+    parser.adder("data")("--model", **own, help=named)
     for name, (stem, _) in MODELS.items():
         checkpoint = f"checkpoint of the {name} model; default: {stem}.pt in --models"
         parser.adder("data")(f"--{name}", metavar="FILE", help=checkpoint)
     add = parser.adder("data")
+    photo = "only report what the models read in this image of a digit; may be repeated"
+    add("--image", action="append", metavar="FILE", help=photo)
     add("--every", type=count(), default=20, help="take every N-th test image")
     parser.adder("attack")("--steps", type=count(), help="steps of PGD; default: 40")
     add = parser.adder("certification")
-    noise = "standard deviation of the noise, pixel units; default: the smoothed model's"
+    noise = "standard deviation of the noise, pixel units; default: that of the first model "
+    noise += "trained under noise, else 0.5"
     add("--sigma", type=number(high=10, with_high=True), help=noise)
     add("--n0", type=count(), default=100, help="noisy copies that choose the class")
     add("--n", type=count(), default=10_000, help="fresh copies that bound its probability")

@@ -117,7 +117,7 @@ def options(argv):
     parser.add_argument("--rows", required=True, help="the file of rows, .csv")
     parser.add_argument("--strongest", action="store_true", help="our strongest_attack as well")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    parser.add_argument("--data", default="data", help="folder of MNIST")
+    parser.add_argument("--data", help="folder of MNIST; default: data/ of the repository")
     args = parser.parse_args(argv)
     args.images = min(args.images, 10_000)
     return args

@@ -133,7 +133,7 @@ def growing(loss: Callable, warmup: float) -> Callable:
 def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
     """One row: how a network trained with `cure` ends, judged on that many images."""
     torch.set_num_threads(1)
-    train, held_out, test = load_training_data("data", 5000)
+    train, held_out, test = load_training_data(None, 5000)
     judged = subset(test, range(0, 20 * images, 20))
     loss, architecture, options, warmup = cures(seed)[cure]
     seed_everything(seed)

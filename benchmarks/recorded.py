@@ -40,7 +40,7 @@ def updates_a_second(dataset, recorded: bool) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--repeat", type=count(), default=5, help="runs of each")
-    parser.add_argument("--data", default="data", help="folder of MNIST")
+    parser.add_argument("--data", help="folder of MNIST; default: data/ of the repository")
     args = parser.parse_args()
     get_device("cuda")  # Says that there is none, if so.
     dataset = load_mnist("train", args.data)

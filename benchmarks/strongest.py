@@ -135,7 +135,7 @@ def main():
     )
     parser.add_argument("--only", choices=[*networks(None), PEER], help="one network alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    parser.add_argument("--data", default="data", help="folder of MNIST")
+    parser.add_argument("--data", help="folder of MNIST; default: data/ of the repository")
     args = parser.parse_args()
     if args.only == PEER and not args.peer:
         parser.error(f"{PEER} needs --peer.")

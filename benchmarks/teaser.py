@@ -32,7 +32,7 @@ SHOWN = 8
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--data", default="data", help="folder of MNIST")
+    parser.add_argument("--data", help="folder of MNIST; default: data/ of the repository")
     args = parser.parse_args(argv)
     image, label = (part[None] for part in load_mnist("test", args.data)[IMAGE])
     standard = load_checkpoint(REFERENCE / "models" / "standard.pt")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
+from src.files import in_repository
 from src.models import ConvNN
 from src.training_and_evaluation import accuracy, train_model
 from src.utils import load_mnist, seed_everything
@@ -28,7 +29,8 @@ TARGET = 0.992
 
 def plain(test, most):
     """(seconds, epochs, accuracy) of the plain loop."""
-    loader = DataLoader(MNIST("data", train=True, transform=ToTensor()), 64, shuffle=True)
+    folder = in_repository("data")
+    loader = DataLoader(MNIST(folder, train=True, transform=ToTensor()), 64, shuffle=True)
     model = ConvNN()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     spent = 0.0

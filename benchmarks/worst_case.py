@@ -86,7 +86,7 @@ def options(argv):
     parser.add_argument("--every", type=count(), default=20, help="of the test images")
     parser.add_argument("--rows", required=True, help="the file of rows, .csv")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-    parser.add_argument("--data", default="data", help="folder of MNIST")
+    parser.add_argument("--data", help="folder of MNIST; default: data/ of the repository")
     return parser.parse_args(argv)
 
 

@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import NoReturn
 
 from src.engine.parts import FLOATS
-from src.files import check_target, check_writable, drop_equal_copies, lock_file, set_aside
+from src.files import (
+    check_target,
+    check_writable,
+    drop_equal_copies,
+    in_repository,
+    lock_file,
+    set_aside,
+)
 from src.optimisation.processes import is_main, process_group, report_failure
 from src.optimisation.updates import OPTIMIZERS
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description. Shows defaults other than None and False."""
+    """Keeps the lines of the description. Shows defaults, unless None, False or in the help."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default in (None, False) or "default: " in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -117,11 +124,17 @@ def when_interrupted(advice: str) -> Iterator[None]:
 def script_parser(description: str, example: str) -> Parser:
     """A parser with the options that every script takes; its help starts with `example`."""
     parser = Parser(usage=example, description=description)
-    parser.adder("data")("--data", default="data", help="folder of MNIST, filled if empty")
-    add = parser.adder("output")
-    add("--models", default="models", help="folder of the checkpoints")
-    add("--figures", default="figures", help="folder of the figures")
-    add("--results", default="results", help="folder of the result rows")
+    contents = {
+        "data": "folder of MNIST, filled if empty",
+        "models": "folder of the checkpoints",
+        "figures": "folder of the figures",
+        "results": "folder of the result rows",
+    }
+    for name, content in contents.items():
+        add = parser.adder("data" if name == "data" else "output")
+        # Not that of the working directory, which may be any.
+        text = f"{content}; default: {name}/ of the repository"
+        add(f"--{name}", default=str(in_repository(name)), metavar="FOLDER", help=text)
     add = parser.adder("run")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     add("--seed", type=count(0, 2**63 - 1), default=0, help="seed of everything that is random")
@@ -217,6 +230,16 @@ def stem(text: str) -> str:
     if text == "comparison":
         raise argparse.ArgumentTypeError("'comparison' is what main_compare.py calls its files")
     return text
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """Type of an option: "NAME=FILE" as (NAME, FILE); the name can begin a file name."""
+    name, _, file = text.partition("=")
+    if not file:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
+    if ".shard-" in name or ".previous-" in name:
+        raise argparse.ArgumentTypeError(f"{name!r} would look like a part of other rows")
+    return stem(name), file
 
 
 def share(text: str) -> tuple[int, int]:

@@ -10,8 +10,16 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+# The repository, where data and results belong wherever a command is typed.
+ROOT = Path(__file__).resolve().parent.parent
 # A temporary file older than this process belongs to another process.
 _STARTED = time.time()
+
+
+def in_repository(name: str) -> Path:
+    """The path of a folder of the repository: short if the working directory is above it."""
+    path = ROOT / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @contextlib.contextmanager

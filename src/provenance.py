@@ -12,8 +12,12 @@ from pathlib import Path
 
 import torch
 
+from src.files import ROOT, in_repository
 from src.optimisation.processes import process_count
 from src.utils import get_device
+
+# The options that name folders of the repository if the user names none.
+FOLDERS = ("data", "models", "figures", "results")
 
 
 def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
@@ -22,9 +26,13 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     # Each process draws its own noise and has its own batch statistics, so their number matters.
     several = f"torchrun --nproc-per-node={process_count()} --"
     start = several if process_count() > 1 else "python"
+    # By their names: results do not say where on a machine the repository lies.
+    folders = {
+        name: name for name in FOLDERS if getattr(args, name, None) == str(in_repository(name))
+    }
     return {
         "command": f"{start} {shlex.join([f'{script}.py', *words])}",
-        "options": vars(args),
+        "options": vars(args) | folders,
         "commit": code_commit(),
         "device": str(get_device(args.device)),
         "threads": torch.get_num_threads(),
@@ -35,12 +43,17 @@ def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None
     }
 
 
-_ROOT = Path(__file__).resolve().parent.parent
+def from_repository(path: str | os.PathLike) -> str:
+    """A path as results record it: from the top of the repository if it lies in there."""
+    full = Path(path).absolute()
+    return full.relative_to(ROOT).as_posix() if full.is_relative_to(ROOT) else str(path)
+
+
 # Results depend on these files, new ones included.
 _CODE = ("*.py", "*.c", "*.h", "requirements.txt")
 
 
-def code_commit(root: Path = _ROOT) -> str:
+def code_commit(root: Path = ROOT) -> str:
     """The commit of a checkout, with a + if its code was changed; "unknown" outside a checkout."""
     # A git hook sets GIT_DIR to its own repository.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}

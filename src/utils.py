@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import sys
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,12 +13,16 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from src.checks import check_count, check_tensors
+from src.mnist.digits import read_digit
 from src.mnist.files import read_mnist
 from src.optimisation.processes import process_count
 
 
-def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:
+def load_mnist(split: str, root: str | os.PathLike | None = None) -> TensorDataset:
     """MNIST's "train" (N = 60,000) or "test" (N = 10,000) part in canonical order.
+
+    It is read from the folder `root` and fetched into it if it is not there. None is `data` of the
+    repository, whatever the working directory is.
 
     Returns:
         images: (N, 1, 28, 28) float32 in [0, 1], byte / 255; labels: (N,) int64.
@@ -32,6 +37,26 @@ def load_mnist(split: str, root: str | os.PathLike = "data") -> TensorDataset:
     return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
 
 
+def load_image(path: str | os.PathLike) -> torch.Tensor:
+    """An image file of one's own digit as the networks want it.
+
+    Grey or colour, of any size, dark on light or light on dark: the digit is cropped, scaled and
+    centred as MNIST's are, and a warning says each thing that was guessed. An image in MNIST's form
+    comes back as it is.
+
+    Returns:
+        (1, 28, 28) float32 in [0, 1], each pixel byte / 255: ink 1 on background 0.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no image that can be read, or is blank, too small or too large.
+    """
+    digit = read_digit(path)
+    for note in digit.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return torch.from_numpy(np.divide(digit.pixels[None], 255, dtype=np.float32))
+
+
 def data_digest(dataset: TensorDataset) -> str:
     """SHA-256 of the tensors of a data set, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -42,7 +67,7 @@ def data_digest(dataset: TensorDataset) -> str:
 
 
 def load_training_data(
-    root: str | os.PathLike, held_out: int, *, quick: bool = False
+    root: str | os.PathLike | None, held_out: int, *, quick: bool = False
 ) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
     """Training images without the last `held_out`, those held-out ones, and test images.
 

@@ -1,8 +1,14 @@
 """Small data, models and comparisons that several test files share."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+
+ROOT = Path(__file__).resolve().parent.parent
+# Makes a script work in the working directory. By default it takes the folders of the repository.
+HERE = [f"--{name}={name}" for name in ("data", "models", "results", "figures")]
 
 
 def halves(count=256, side=8, seed=0):

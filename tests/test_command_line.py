@@ -1,5 +1,6 @@
 """What a run says of the code that made it."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+import torch
 
 import main_adv_training
 import main_compare
@@ -17,6 +19,8 @@ import main_training
 from src.command_line import parse, reserved, script_parser, share, stem
 from src.models import ConvNN
 from src.provenance import code_commit, provenance
+from src.utils import load_mnist
+from tests.helpers import HERE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,6 +80,45 @@ def test_the_command_can_be_pasted():
     assert provenance("main", parser.parse_args(words), words)["command"] == (
         "python main.py --models 'm d' --quick"
     )
+
+
+FOLDERS = ("data", "models", "figures", "results")
+
+
+@pytest.mark.parametrize(
+    ("directory", "start"),
+    [(ROOT, ""), (ROOT.parent, f"{ROOT.name}/"), (ROOT / "tests", f"{ROOT}/")],
+)
+def test_default_folders_are_those_of_the_repository(directory, start, monkeypatch):
+    monkeypatch.chdir(directory)
+    for script in (main_training, main_adv_training, main_random_smoothing, main_compare):
+        args = script.option_parser().parse_args([])
+        assert [getattr(args, name) for name in FOLDERS] == [start + name for name in FOLDERS]
+        # Rows do not tell where the repository lies.
+        facts = provenance("main", args, [])
+        assert [facts["options"][name] for name in FOLDERS] == list(FOLDERS)
+        assert str(ROOT) not in json.dumps(facts)
+
+
+def test_folders_that_the_user_names_lie_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = main_compare.option_parser().parse_args(HERE)
+    assert [getattr(args, name) for name in FOLDERS] == list(FOLDERS)
+
+
+def test_the_help_says_where_the_default_folders_are():
+    text = " ".join(main_compare.option_parser().format_help().split())
+    for name in FOLDERS:
+        assert f"default: {name}/ of the repository" in text
+
+
+def test_mnist_is_found_from_any_working_directory(tmp_path, mnist_root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for one, other in zip(
+        load_mnist("test").tensors, load_mnist("test", mnist_root).tensors, strict=True
+    ):
+        assert torch.equal(one, other)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_user_gives_beats_quick(tmp_path):
@@ -158,7 +201,7 @@ def test_names_are_beginnings_of_files(text):
 def test_values_without_sense_are_refused_by_the_parser(script, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        script.main([*words, "--quick", "--data", str(tmp_path / "absent")])
+        script.main([*words, "--quick", *HERE, "--data", str(tmp_path / "absent")])
     flag = [word for word in words if word.startswith("--")][-1]
     # A message as the code means exit status 1.
     assert re.fullmatch(rf"error: argument {flag}.*; see --help", ended.value.code)
@@ -240,7 +283,7 @@ def test_too_few_copies_are_refused_before_the_training(monkeypatch, tmp_path):
     monkeypatch.setattr(main_random_smoothing, "train_model", lambda *_, **__: pytest.fail("late"))
     for script in (main_random_smoothing, main_compare):
         with pytest.raises(ValueError, match="'n' = 9 can never certify"):
-            script.main(["--quick", "--n", "9"])
+            script.main(["--quick", *HERE, "--n", "9"])
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -250,7 +293,7 @@ def test_resume_is_advised_where_it_works(saved, tmp_path, mnist_root):
         "import main_random_smoothing as script; from src.command_line import run\n"
         "def stop(*_, **__): raise KeyboardInterrupt\n"
         f"script.{where} = stop\n"
-        f"run(lambda: script.main(['--quick', '--data', {str(mnist_root)!r}]))"
+        f"run(lambda: script.main(['--quick', *{HERE}, '--data', {str(mnist_root)!r}]))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code],
@@ -287,7 +330,7 @@ def test_what_is_refused_late_moves_no_rows(script, words, tmp_path, mnist_root,
     rows.parent.mkdir()
     rows.write_text("a\n1\n")
     with pytest.raises(ValueError, match=r"epsilon|consistency|thresholds"):
-        script.main(["--quick", "--data", str(mnist_root), *words])
+        script.main(["--quick", *HERE, "--data", str(mnist_root), *words])
     assert [p.name for p in rows.parent.iterdir()] == [rows.name]
 
 
@@ -303,4 +346,4 @@ def test_the_comparison_knows_at_its_start_that_it_cannot_write(
     else:
         (tmp_path / "results" / "comparison_attacks.json").mkdir(parents=True)
     with pytest.raises(OSError, match="written"):
-        main_compare.main(["--quick", "--sigma", "0.5", "--data", str(mnist_root)])
+        main_compare.main(["--quick", *HERE, "--sigma", "0.5", "--data", str(mnist_root)])

@@ -821,6 +821,16 @@ def test_the_table_of_the_front_page_is_that_of_the_default_run():
 # Links and commands
 
 
+def test_the_figure_of_any_rows_is_drawn_as_the_front_page_says(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(from src.reports[^`]*)```", document("README.md"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "theirs"):
+        rows = (RESULTS / "certificates_smoothed.csv").read_bytes()
+        (tmp_path / f"{name}.csv").write_bytes(rows)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 def exists(path):
     return (ROOT / path).exists()
 

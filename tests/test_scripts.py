@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 import main_adv_training
 import main_compare
@@ -17,8 +20,11 @@ import main_training
 from src.certification.bounds import certified_radius, lower_confidence_bound
 from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
 from src.files import lock_file
+from src.models import ConvNN
 from src.records.rows import read_rows
-from src.reports.comparison import load_models
+from src.reports.comparison import common_sigma, default_files, load_models
+from src.utils import load_image
+from tests.helpers import HERE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("main_training", "main_adv_training", "main_random_smoothing", "main_compare")
@@ -33,7 +39,7 @@ def finished(tmp_path_factory, mnist_root):
     os.chdir(folder)
     try:
         for script in (main_training, main_adv_training, main_random_smoothing, main_compare):
-            script.main(["--quick"])
+            script.main(["--quick", *HERE])
     finally:
         os.chdir(before)
     return folder
@@ -80,7 +86,7 @@ def test_certificates_can_be_recomputed_from_their_counts(finished):
 
 def test_json_twin_says_what_made_the_rows(finished):
     facts = json.loads((finished / "results" / "certificates_smoothed.json").read_text())
-    assert facts["facts"]["command"] == "python main_compare.py --quick"
+    assert facts["facts"]["command"] == f"python main_compare.py --quick {' '.join(HERE)}"
     assert facts["facts"]["versions"]["torch"] == version("torch")
     weights = load_checkpoint(finished / "models/randomized_smoothing.pt").state_dict()
     assert facts["settings"]["model_digest"] == weights_digest(weights)
@@ -93,8 +99,8 @@ def test_json_twin_keeps_what_the_checklist_found(finished):
         for name in ("standard_training", "adversarial_training", "comparison")
     }
     assert set(twins["comparison"]) == {"standard", "adversarial", "smoothed"}
-    for warnings in (*twins.pop("comparison").values(), *twins.values()):
-        assert all(set(warning) == keys for warning in warnings)
+    for found in (*twins.pop("comparison").values(), *twins.values()):
+        assert all(set(warning) == keys for warning in found)
 
 
 def test_attack_rows_count_images(finished):
@@ -138,7 +144,7 @@ def test_curves_are_those_of_the_smallest_epsilons(finished, name):
 def test_same_command_gives_the_same_bytes(finished, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(finished / "data")
     monkeypatch.chdir(tmp_path)
-    main_random_smoothing.main(["--quick"])
+    main_random_smoothing.main(["--quick", *HERE])
     name = "results/randomized_smoothing_certificates.csv"
     assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     weights = [load_checkpoint(f / "models/randomized_smoothing.pt") for f in (tmp_path, finished)]
@@ -163,7 +169,7 @@ def test_options_of_training_reach_it(mnist_root, tmp_path, monkeypatch, script)
     monkeypatch.setattr(script, "train_model", train)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Reached):
-        script.main(["--quick", f"--data={mnist_root}", *options])
+        script.main(["--quick", *HERE, f"--data={mnist_root}", *options])
     assert {name: given[name] for name in wanted} == wanted
 
 
@@ -178,7 +184,7 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
     (tmp_path / rows).write_bytes(whole[: len(whole) // 2])
     stored = (tmp_path / model).stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
-    main_random_smoothing.main(["--quick", "--resume"])
+    main_random_smoothing.main(["--quick", *HERE, "--resume"])
     assert (tmp_path / rows).read_bytes() == whole
     assert (tmp_path / model).stat().st_mtime_ns == stored
     # Rows that were made again would have been set aside first.
@@ -189,10 +195,10 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
         ("--weight-decay=0.1", r"weight_decay = 0\.01"),
     ):
         with pytest.raises(ValueError, match=f"was trained with {was}, which is not what"):
-            main_random_smoothing.main(["--quick", "--resume", other])
+            main_random_smoothing.main(["--quick", *HERE, "--resume", other])
     # The checkpoint fits other votes, the rows do not.
     with pytest.raises(ValueError, match="precision"):
-        main_random_smoothing.main(["--quick", "--resume", "--precision=int16"])
+        main_random_smoothing.main(["--quick", *HERE, "--resume", "--precision=int16"])
     assert (tmp_path / rows).read_bytes() == whole
 
 
@@ -218,7 +224,7 @@ def test_votes_that_a_device_lacks_are_refused_before_training(finished, monkeyp
     monkeypatch.setattr(main_random_smoothing.ConvNN, "inference_form", refuse)
     monkeypatch.setattr(main_random_smoothing, "train_model", lambda *_, **__: pytest.fail("late"))
     with pytest.raises(ValueError, match="no int8 here"):
-        main_random_smoothing.main(["--quick", "--precision=int8", "--name=other"])
+        main_random_smoothing.main(["--quick", *HERE, "--precision=int8", "--name=other"])
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -231,11 +237,11 @@ def test_two_comparisons_do_not_write_one_folder(finished, monkeypatch, process)
     monkeypatch.chdir(finished)
     error = OSError if process == 0 else ZeroDivisionError
     with lock_file(Path("results/comparison")), pytest.raises(error):
-        main_compare.main(["--quick"])
+        main_compare.main(["--quick", *HERE])
 
 
 def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root):
-    ended = start("main_compare", "--quick", "--data", str(mnist_root), cwd=tmp_path)
+    ended = start("main_compare", "--quick", *HERE, "--data", str(mnist_root), cwd=tmp_path)
     assert ended.returncode != 0
     sentence = (
         "error: There is no checkpoint models/standard_training.pt; "
@@ -248,12 +254,109 @@ def test_missing_checkpoint_names_the_script_that_makes_it(tmp_path, mnist_root)
 def test_checkpoints_of_the_comparison_may_lie_anywhere(finished, tmp_path):
     own = tmp_path / "mine.pt"
     own.write_bytes((finished / "models" / "standard_training.pt").read_bytes())
-    models = load_models(finished / "models", "cpu", {"smoothed": own, "standard": None})
+    files = default_files(finished / "models", {"smoothed": own, "standard": None})
+    models = load_models(files, "cpu")
     weights = [models[name].output.weight for name in ("standard", "smoothed", "adversarial")]
     assert torch.equal(weights[0], weights[1])
     assert weights[0].shape != weights[2].shape
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*absent\.pt"):
-        load_models(finished / "models", "cpu", {"standard": tmp_path / "absent.pt"})
+        load_models(files | {"standard": tmp_path / "absent.pt"}, "cpu")
+
+
+def test_any_models_are_compared_from_any_directory(tmp_path, mnist_root):
+    # Names that matplotlib would leave out, or read as mathematics.
+    names = ["_mine", "theirs", "$x$", "d"]
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        facts = {"sigma": 0.25} if name == "theirs" else {}
+        save_checkpoint(tmp_path / f"{seed}.pt", ConvNN((2, 3)), **facts)
+    words = [f"--{name}={name}" for name in ("models", "results", "figures")]
+    words += [f"--model={name}={seed}.pt" for seed, name in enumerate(names)]
+    words += ["--quick", "--every=2000", "--steps=1", "--precision=float32"]
+    ended = start("main_compare", *words, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    results, figures = tmp_path / "results", tmp_path / "figures"
+    rows = {path.stem for path in results.glob("certificates_*.csv")}
+    assert rows == {f"certificates_{name}" for name in names}
+    attacks = read_rows(results / "comparison_attacks.csv")
+    assert list(dict.fromkeys(row["model"] for row in attacks)) == names
+    facts = json.loads((results / "comparison_attacks.json").read_text())
+    assert set(facts["checkpoints"]) == set(names)
+    weights = load_checkpoint(tmp_path / "0.pt").state_dict()
+    assert facts["checkpoints"]["_mine"] == {"file": "0.pt", "digest": weights_digest(weights)}
+    assert facts["options"]["data"] == "data"
+    assert str(ROOT) not in json.dumps(facts)
+    # The sigma of the one model that was trained under noise.
+    assert facts["options"]["sigma"] == 0.25
+    assert len(list(figures.iterdir())) == 4
+    assert "Figures in figures/, rows in results/" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model", "a"], "not of the form NAME=FILE"),
+        (["--model", "a="], "not of the form NAME=FILE"),
+        (["--model", "=x.pt"], "beginning of a file name"),
+        (["--model", "a/b=x.pt"], "beginning of a file name"),
+        (["--model", "comparison=x.pt"], "main_compare"),
+        (["--model", "a.shard-1-of-2=x.pt"], "other rows"),
+        (["--model", "a=x.pt", "--model", "A=y.pt"], "same name"),
+        ([f"--model={k}=x.pt" for k in range(9)], "at most 8"),
+        (["--model", "a=x.pt", "--smoothed", "y.pt"], "--smoothed has no effect with --model"),
+        (["--model", "a=absent.pt"], "no checkpoint absent.pt."),
+        (["--image", "x.png", "--resume"], "--resume has no effect with --image"),
+        (["--image", "x.png", "--two-sided"], "--two-sided has no effect with --image"),
+        (["--image", "a/x.png", "--image", "b/x.jpg"], "same name"),
+    ],
+)
+def test_names_that_leave_something_open_are_refused(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, ValueError, OSError), match=sentence):
+        main_compare.main(["--quick", *HERE, *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sigma_of_the_comparison_is_that_of_the_first_model_that_has_one():
+    def model(**facts):
+        return SimpleNamespace(facts=facts)
+
+    assert common_sigma({"a": model(), "b": model(sigma=0.25), "c": model(sigma=1.0)}) == 0.25
+    assert common_sigma({"a": model(), "b": model()}) == 0.5
+
+
+def test_a_digit_of_ones_own_is_read_attacked_and_certified(
+    finished, tmp_path, monkeypatch, capsys
+):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()}
+    page = Image.new("RGB", (400, 300), (240, 240, 230))
+    ImageDraw.Draw(page).line([(150, 60), (250, 60), (180, 240)], fill=(20, 20, 90), width=16)
+    page.save(tmp_path / "seven.png")
+    monkeypatch.chdir(finished)
+    network = load_checkpoint("models/randomized_smoothing.pt")
+    with warnings.catch_warnings(action="ignore"):
+        image = load_image(tmp_path / "seven.png")
+    read = int(network(image[None]).argmax())
+    capsys.readouterr()
+    options = ["--quick", *HERE, f"--figures={tmp_path}", "--n=1000"]
+    main_compare.main([*options, "--image", str(tmp_path / "seven.png")])
+    told = capsys.readouterr().out
+    for words in (
+        "inverted",
+        "cropped",
+        "smallest attack found, l2",
+    ):
+        assert words in told
+    assert "model standard adversarial smoothed" in " ".join(told.split())
+    (line,) = [line for line in told.splitlines() if line.startswith("reads")]
+    assert f"{read} (" in line.split("%)")[2]
+    assert (tmp_path / "image_seven.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+    # No row of the comparison is touched.
+    assert {path: path.stat().st_mtime_ns for path in (finished / "results").iterdir()} == before
+    Image.new("L", (90, 90)).save(tmp_path / "blank.png")
+    with pytest.raises(ValueError, match="is blank"):
+        main_compare.main([*options, "--image", str(tmp_path / "blank.png")])
+    assert not (tmp_path / "image_blank.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -298,7 +401,7 @@ def test_help_gives_units_and_defaults(script, columns, monkeypatch):
     ],
 )
 def test_bad_option_is_one_sentence_and_a_failure(script, options, tmp_path, mnist_root):
-    ended = start(script, *options, "--data", str(mnist_root), cwd=tmp_path)
+    ended = start(script, *HERE, *options, "--data", str(mnist_root), cwd=tmp_path)
     assert ended.returncode != 0
     assert "error: " in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -373,9 +373,9 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, raw, small, m
     assert (raw / TEST_LABELS).read_bytes() == small[TEST_LABELS]
 
 
-def test_as_a_command_without_a_folder_it_fails_in_one_sentence(tmp_path):
+def test_as_a_command_it_fails_in_one_sentence(tmp_path):
     (tmp_path / "data").write_text("a file, not a folder")
-    command = [sys.executable, "-m", "src.mnist.files"]
+    command = [sys.executable, "-m", "src.mnist.files", "data"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1

@@ -1,4 +1,7 @@
-"""MNIST's raw files on disk: verified on every start, fetched when missing (no torch)."""
+"""MNIST's raw files on disk: verified on every start, fetched when missing (no torch).
+
+`python -m src.mnist.files [FOLDER]` does so: for `data` of the repository if no folder is given.
+"""
 
 import contextlib
 import gzip
@@ -16,15 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from src.files import take_lock, whole_file
+from src.files import in_repository, take_lock, whole_file
 from src.mnist.sources import FILES, SOURCES
 
 _INCOMING = ".mnist-incoming-"
 
 
-def ensure_mnist(root: str | os.PathLike = "data") -> Path:
+def ensure_mnist(root: str | os.PathLike | None = None) -> Path:
     """Folder of the four raw files, `<root>/MNIST/raw`, each verified by its SHA-256.
 
+    `root` None is `data` of the repository, whatever the working directory is.
     Files in `root` under other common names are copied, missing ones are fetched. A damaged file is
     first renamed to `<name>.bad-<k>`. A complete folder may be read-only. Progress goes to stderr.
 
@@ -33,12 +37,15 @@ def ensure_mnist(root: str | os.PathLike = "data") -> Path:
         FileExistsError: if other data have MNIST's names; nothing is changed.
         OSError: if a file is missing and the folder cannot be written to.
     """
-    _verified_files(Path(root))
+    root = _folder(root)
+    _verified_files(root)
     return _raw_folder(root)
 
 
-def read_mnist(split: str, root: str | os.PathLike = "data") -> tuple[np.ndarray, np.ndarray]:
+def read_mnist(split: str, root: str | os.PathLike | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 28, 28) and labels (N,) of "train" or "test", read-only uint8, verified.
+
+    `root` as for `ensure_mnist`.
 
     Raises:
         ValueError: if `split` is another word.
@@ -47,11 +54,15 @@ def read_mnist(split: str, root: str | os.PathLike = "data") -> tuple[np.ndarray
     names = {"train": list(FILES)[:2], "test": list(FILES)[2:]}.get(split)
     if names is None:
         raise ValueError(f"'split' = {split!r} is unknown; use 'train' or 'test'.")
-    files = _verified_files(Path(root))
+    files = _verified_files(_folder(root))
     images, labels = (
         np.frombuffer(files[name], np.uint8, offset=len(FILES[name].header)) for name in names
     )
     return images.reshape(FILES[names[0]].shape), labels
+
+
+def _folder(root: str | os.PathLike | None) -> Path:
+    return in_repository("data") if root is None else Path(root)
 
 
 def _raw_folder(root: str | os.PathLike) -> Path:
@@ -226,6 +237,6 @@ def _lock(path: Path) -> Iterator[None]:
 
 if __name__ == "__main__":
     try:
-        print(f"MNIST is complete and verified in {ensure_mnist('data')}")
+        print(f"MNIST is complete and verified in {ensure_mnist(*sys.argv[1:2])}")
     except OSError as failure:
         sys.exit(f"error: {failure}")

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--redraw", type=_whole, default=0, help="certify this many random rows again"
     )
     verb.add_argument("--checkpoint", help="the model behind the rows, for --redraw")
-    verb.add_argument("--data", default="data", help="folder of MNIST, for --redraw")
+    folder = "folder of MNIST, for --redraw; default: data/ of the repository"
+    verb.add_argument("--data", help=folder)
     verb = verbs.add_parser("merge", allow_abbrev=False, help="merge shards into one file")
     verb.add_argument("path", help="the file to write, .csv")
     verb.add_argument("shards", nargs="+", help="the shards, .csv")

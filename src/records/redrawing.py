@@ -21,7 +21,7 @@ OTHER_FORM = 1
 
 
 def redraw(
-    path: str | os.PathLike, rows: int, checkpoint: str | None, data: str = "data"
+    path: str | os.PathLike, rows: int, checkpoint: str | None, data: str | None = None
 ) -> list[str]:
     """Certify randomly chosen rows of a file again and compare the results.
 
@@ -32,7 +32,7 @@ def redraw(
         path: file of certificates of MNIST test images.
         rows: how many to draw again; all if there are fewer.
         checkpoint: the model.
-        data: folder of MNIST.
+        data: folder of MNIST; None is `data` of the repository.
 
     Returns:
         One sentence per difference; empty if there is none.

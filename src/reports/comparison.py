@@ -5,15 +5,21 @@ from pathlib import Path
 
 from torch.utils.data import TensorDataset
 
-from src.checkpoints import load_checkpoint
+from src.checkpoints import load_checkpoint, weights_digest
 from src.files import check_target, drop_equal_copies, set_aside
 from src.models import ConvNN, SmoothClassifier
 from src.optimisation.processes import is_main
+from src.provenance import from_repository
 from src.records.certify import certify_dataset
 from src.records.merging import merge
 from src.records.rows import read_rows, shown_radius
 from src.reports.output import Output, save_attacks
-from src.reports.plotting import plot_certified_accuracy, plot_gallery, plot_p_lower
+from src.reports.plotting import (
+    plain_text,
+    plot_certified_accuracy,
+    plot_gallery,
+    plot_p_lower,
+)
 from src.reports.tables import attack_comparison, certificate_lines, population_lines, round_down
 from src.robustness.challenge import broken_allowed, challenge_certificates
 from src.robustness.checklist import warning_lines
@@ -28,32 +34,53 @@ MODELS = {
     "adversarial": ("adversarial_training", "main_adv_training.py"),
     "smoothed": ("randomized_smoothing", "main_random_smoothing.py"),
 }
+# Each has a colour of its own in the figures.
+MOST_MODELS = 8
+# For models that were trained without noise.
+SIGMA = 0.5
 _TABLES = ("attacks", "smallest_epsilons")
 
 
-def load_models(
-    folder: str | Path, device, chosen: Mapping[str, str | Path | None] | None = None
-) -> dict[str, ConvNN]:
-    """The three models: from the files `chosen`, else from the default files in `folder`.
+def default_files(
+    folder: str | Path, chosen: Mapping[str, str | Path | None] | None = None
+) -> dict[str, Path]:
+    """The files of the three models: those `chosen`, else the default ones in `folder`."""
+    return {
+        name: Path((chosen or {}).get(name) or Path(folder) / f"{stem}.pt")
+        for name, (stem, _) in MODELS.items()
+    }
+
+
+def load_models(files: Mapping[str, str | Path], device) -> dict[str, ConvNN]:
+    """The models of checkpoints, by the same names.
 
     Raises:
         FileNotFoundError: if a file is missing; the message names the script that makes it.
         ValueError: if a file is damaged.
     """
-    models = {}
-    for name, (stem, script) in MODELS.items():
-        path = Path((chosen or {}).get(name) or Path(folder) / f"{stem}.pt")
+    scripts = {f"{stem}.pt": f"; run python {script} first" for stem, script in MODELS.values()}
+    for path in map(Path, files.values()):
         if not path.exists():
-            raise FileNotFoundError(f"There is no checkpoint {path}; run python {script} first.")
-        models[name] = load_checkpoint(path, device)
-    return models
+            advice = scripts.get(path.name, "")
+            raise FileNotFoundError(f"There is no checkpoint {path}{advice}.")
+    return {name: load_checkpoint(path, device) for name, path in files.items()}
 
 
-def smoothing_sigma(model: ConvNN) -> float:
-    """The sigma that a model was trained for; ValueError if its checkpoint records none."""
-    if "sigma" not in model.facts:
-        raise ValueError("The checkpoint of the smoothed model has no sigma; give --sigma.")
-    return model.facts["sigma"]
+def checkpoint_facts(files: Mapping[str, str | Path], models: Mapping[str, ConvNN]) -> dict:
+    """What results say of the models: {name: file and digest of the weights}."""
+    return {
+        name: {
+            "file": from_repository(files[name]),
+            "digest": weights_digest(model.state_dict()),
+        }
+        for name, model in models.items()
+    }
+
+
+def common_sigma(models: Mapping[str, ConvNN]) -> float:
+    """The sigma of the first model whose checkpoint records one, else SIGMA."""
+    sigmas = [model.facts["sigma"] for model in models.values() if "sigma" in model.facts]
+    return sigmas[0] if sigmas else SIGMA
 
 
 def attack_models(
@@ -107,9 +134,11 @@ def certify_models(
         clean, in_floats = (
             accuracy(model.inference_form(form), test) for form in (smooth.precision, "float32")
         )
+        trained = getattr(model, "facts", {}).get("sigma", sigma)
+        note = f", trained at sigma = {trained:g}" if trained != sigma else ""
         print(
             f"Certifying the {name} model, {clean:.2%} correct on clean images "
-            f"({smooth.precision}; float32: {in_floats:.2%})"
+            f"({smooth.precision}; float32: {in_floats:.2%}){note}"
         )
         rows[name] = certify_dataset(
             smooth,
@@ -252,5 +281,5 @@ def _extremes(certificates: Mapping[str, Sequence[Mapping]], test: TensorDataset
             captions = [f"{r['prediction']}: r = {round_down(shown_radius(r), 2)}" for r in chosen]
             pairs = zip(images, captions, strict=True)
             rows.append([(image[0].numpy(), caption, "black") for image, caption in pairs])
-            labels.append(f"{name}\n{label}")
+            labels.append(f"{plain_text(name)}\n{label}")
     return rows, labels

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.files import write_json
 from src.records.rows import write_rows
-from src.reports.plotting import plot_accuracy_against_epsilon
+from src.reports.plotting import plain_text, plot_accuracy_against_epsilon
 from src.reports.tables import median_lines
 from src.robustness.checklist import short_warnings
 
@@ -36,8 +36,7 @@ class Output:
 
 def figure_title(name: str, words: str, default: str) -> str:
     """The title of a run: `words` if its name is the `default` one, else the name."""
-    # Matplotlib would read text between two dollar signs as mathematics.
-    return words if name == default else name.replace("$", r"\$")
+    return words if name == default else plain_text(name)
 
 
 def save_attacks(
@@ -55,7 +54,7 @@ def save_attacks(
         column = {"model": name} if several else {}
         rows += attack_rows(found, **column)
         smallest += [column | row for row in found["smallest_epsilons"]]
-        prefix = f"{name}, " if several else ""
+        prefix = f"{plain_text(name)}, " if several else ""
         short += [prefix + text for text in short_warnings(found["warnings"])]
     smallest_by_model = {name: found["smallest_epsilons"] for name, found in evaluations.items()}
     print("\n" + median_lines(smallest_by_model))

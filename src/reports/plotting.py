@@ -4,8 +4,10 @@ All use matplotlib's object interface: no window opens and no global setting cha
 """
 
 import contextlib
+import itertools
 import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from scipy import special
 from src.certification.bounds import maximum_radius
 from src.certification.intervals import accuracy_interval
 from src.files import whole_file
-from src.records.rows import shown_radius
+from src.records.rows import read_rows, shown_radius
 
 # matplotlib does not import if MPLBACKEND names a backend that is not installed, such as that of a
 # notebook whose shell inherits it. Files need no backend, so the name is put back afterwards.
@@ -33,7 +35,8 @@ if _BACKEND is not None:
 # Okabe and Ito's colours, which the colour-blind can tell apart; one per model or attack.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
 ALARM = "#C00000"
-CYCLE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9")
+CYCLE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", "black", "#8B6914")
+_STYLES = ("-", "--", "-.", ":")
 # Colour, dashes and marker of published curves.
 _PUBLISHED = (
     (GREEN, (0, (1, 1)), "o"),
@@ -58,6 +61,18 @@ _STYLE = {
     "legend.frameon": False,
     "figure.dpi": 150,
 }
+
+
+def plain_text(name: str) -> str:
+    """A name as it should stand in a figure."""
+    # Text between two dollar signs would be mathematics; legends leave out what starts with "_".
+    name = re.sub(r"(?<!\\)\$", r"\$", name)
+    return f" {name}" if name.startswith("_") else name
+
+
+def _looks() -> Iterator[tuple[str, str]]:
+    """Colour and line style of one curve after the other, all different."""
+    return ((color, style) for style in itertools.cycle(_STYLES) for color in CYCLE)
 
 
 @contextlib.contextmanager
@@ -158,9 +173,9 @@ def plot_accuracy_against_epsilon(
         panels, handles = figure.subplots(1, 2, sharey=True), {}
         symbols = {"linf": "$\\ell_\\infty$", "l2": "$\\ell_2$"}
         for axes, (norm, symbol) in zip(panels, symbols.items(), strict=True):
-            for color, (name, rows) in zip(CYCLE, curves.items(), strict=False):
+            for (color, _), (name, rows) in zip(_looks(), curves.items(), strict=False):
                 worst, others = _by_attack([row for row in rows if row["norm"] == norm])
-                handles |= {name: _plot_accuracy(axes, worst, color, name)}
+                handles |= {name: _plot_accuracy(axes, worst, color, name, len(curves))}
                 for attack, rows_of_attack in others.items():
                     _plot_accuracy(axes, rows_of_attack, color)
                     dashed = Line2D([], [], color="black", ls="--", lw=1)
@@ -172,8 +187,8 @@ def plot_accuracy_against_epsilon(
         panels[0].set_ylabel("accuracy")
         # Models first. Below the panels: robust models keep their curves where a legend would be.
         labels = sorted(handles, key=lambda name: name not in curves)
-        lines = [handles[name] for name in labels]
-        legend = figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
+        lines, labels = [handles[name] for name in labels], list(map(plain_text, labels))
+        legend = figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 6))
         # As the title of the legend, the text moves with it and can cover nothing.
         legend.set_title(text, {"size": 8})
         legend.get_title().set(color=ALARM, multialignment="center")
@@ -193,8 +208,13 @@ def _by_attack(rows: Sequence[Mapping]) -> tuple[list[Mapping], dict[str, list[M
     return worst, {name: found for name, found in attacks.items() if counts(found) != counts(worst)}
 
 
-def _plot_accuracy(axes, rows: Sequence[Mapping], color: str, name: str = "") -> Line2D:
-    """A curve of accuracy over the radii: solid with its interval, or dashed if it has no name."""
+def _plot_accuracy(
+    axes, rows: Sequence[Mapping], color: str, name: str = "", curves: int = 1
+) -> Line2D:
+    """A curve of accuracy over the radii, one of so many: solid with its interval if it has a name.
+
+    Else it is dashed.
+    """
     # Rows that were read from a file hold text.
     epsilon, standing, images = (
         np.array([float(row[name]) for row in rows]) for name in ("epsilon", "correct", "images")
@@ -202,12 +222,13 @@ def _plot_accuracy(axes, rows: Sequence[Mapping], color: str, name: str = "") ->
     if not name:
         return axes.plot(epsilon, standing / images, "--", lw=1, color=color, zorder=1.5)[0]
     (line,) = axes.plot(epsilon, standing / images, "o-", ms=3, color=color, label=name)
-    axes.fill_between(epsilon, *accuracy_interval(standing, images), alpha=0.15, lw=0, color=color)
+    interval = accuracy_interval(standing, images)
+    axes.fill_between(epsilon, *interval, color=color, **_band(curves))
     return line
 
 
 def plot_certified_accuracy(
-    rows_by_model: Mapping[str, Sequence[Mapping]],
+    rows_by_model: Mapping[str, Sequence[Mapping] | str | os.PathLike],
     path: str | os.PathLike,
     title: str = "",
     *,
@@ -220,25 +241,32 @@ def plot_certified_accuracy(
     rows that record `sigma`, `n` and `alpha`.
 
     Args:
-        rows_by_model: name -> result rows with `correct` and radii, computed or read from a file.
-            The radii are those of `shown_radius`, but beside `published` ones those of CERTIFY.
+        rows_by_model: name -> result rows with `correct` and radii, or the CSV file of them. The
+            radii are those of `shown_radius`, but beside `published` ones those of CERTIFY.
         path: image file to write.
         title: title of the figure.
         clean: name -> accuracy of the base classifier without noise, a dotted line.
         published: method -> {radius: certified accuracy} as others published it.
+
+    Raises:
+        OSError: if a file cannot be read.
+        ValueError: if there are no rows, or rows of something else.
     """
+    rows_by_model = {name: _certificates(name, rows) for name, rows in rows_by_model.items()}
     with drawing(path, 6.8, 4.2) as figure:
         axes, limits = figure.subplots(), largest_radii(rows_by_model.values())
         of = (lambda row: float(row["radius"])) if published else shown_radius
         radii = [of(row) for rows in rows_by_model.values() for row in rows]
         grid = np.linspace(0, max(*radii, *limits, 1e-3) * 1.05, 500)
-        for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
+        looks = zip(_looks(), rows_by_model.items(), strict=False)
+        for (color, style), (name, rows) in looks:
             # Only correct predictions count; abstentions and wrong ones never do.
             radii = np.sort([of(row) for row in rows if int(row["correct"])])
             certified = len(radii) - np.searchsorted(radii, grid, side="left")
-            axes.plot(grid, certified / len(rows), color=color, label=name)
+            share = certified / len(rows)
+            axes.plot(grid, share, color=color, ls=style, label=plain_text(name))
             interval = accuracy_interval(certified, len(rows))
-            axes.fill_between(grid, *interval, color=color, alpha=0.15, lw=0)
+            axes.fill_between(grid, *interval, color=color, **_band(len(rows_by_model)))
             if name in (clean or {}):
                 axes.axhline(clean[name], color=color, ls=":", lw=1)
         if clean:
@@ -255,7 +283,31 @@ def plot_certified_accuracy(
         top = 1 + (0.06 if clean else 0.02) * (1 - bottom)
         axes.set(xlabel="certified radius, $\\ell_2$ in pixel units", ylabel="certified accuracy")
         axes.set(xlim=(0, grid[-1]), ylim=(bottom, top), title=title)
-        axes.legend()
+        _legend(figure, axes, "best")
+
+
+def _certificates(name: str, rows: Sequence[Mapping] | str | os.PathLike) -> Sequence[Mapping]:
+    """The rows, read from their file if it is one; ValueError if they are no certificates."""
+    source = repr(name)
+    if isinstance(rows, str | os.PathLike):
+        rows, source = read_rows(rows), os.fspath(rows)
+    if not rows or not {"correct", "radius"} <= rows[0].keys():
+        raise ValueError(f"{source} has no certificates: rows need the columns correct, radius.")
+    return rows
+
+
+def _legend(figure: Figure, axes, place: str) -> None:
+    """The legend at a place in the axes, or below them if it would cover half of them."""
+    lines, labels = axes.get_legend_handles_labels()
+    if len(labels) <= 6:
+        axes.legend(loc=place)
+    else:
+        figure.legend(lines, labels, loc="outside lower center", ncols=4)
+
+
+def _band(curves: int) -> dict:
+    """The look of an interval: the more curves, the fainter."""
+    return {"alpha": min(0.15, 0.5 / curves), "lw": 0}
 
 
 def largest_radii(
@@ -292,11 +344,12 @@ def plot_p_lower(
     """
     with drawing(path, 6.8, 4.2) as figure:
         axes, limits = figure.subplots(), largest_radii(rows_by_model.values(), in_sigmas=True)
-        for color, (name, rows) in zip(CYCLE, rows_by_model.items(), strict=False):
+        looks = zip(_looks(), rows_by_model.items(), strict=False)
+        for (color, style), (name, rows) in looks:
             values = np.sort([float(row["p_lower"]) for row in rows])
             radii = np.maximum(special.ndtri(values), 0)
             share = np.arange(1, len(radii) + 1) / len(radii)
-            axes.step(radii, share, where="post", color=color, label=name)
+            axes.step(radii, share, where="post", color=color, ls=style, label=plain_text(name))
             axes.plot([0], [np.mean(values <= 0.5)], "o", ms=6, color=color, clip_on=False)
         _mark_limits(axes, limits, "largest possible")
         axes.plot([], [], "o", ms=6, color=GREY, label="abstain")
@@ -309,7 +362,7 @@ def plot_p_lower(
         ticks = [p for p in (0.5, 0.7, 0.9, 0.97, 0.99, 0.999, 0.9999) if special.ndtri(p) <= end]
         above.set_xticks(ticks, [f"{p:g}" for p in ticks])
         above.set_xlabel("lower bound of the probability of the class, $p_A$")
-        axes.legend(loc="upper left")
+        _legend(figure, axes, "upper left")
 
 
 def plot_gallery(

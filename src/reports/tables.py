@@ -15,11 +15,23 @@ from src.certification.intervals import (
 )
 from src.records.rows import shown_radius
 
+# Tables of more characters are cut into several, one below the other.
+WIDEST = 132
+
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
+    """Align columns: the first to the left, the others to the right.
+
+    Columns beyond WIDEST characters go to a further table below, which has the first one too.
+    """
     lines = [list(map(str, line)) for line in (header, *rows)]
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    ends = np.cumsum([width + 2 for width in others])
+    fitting = max(1, int((first + ends <= WIDEST).sum()))
+    if fitting < len(others):
+        parts = (slice(1, fitting + 1), slice(fitting + 1, None))
+        tables = ([[line[0], *line[part]] for line in lines] for part in parts)
+        return "\n\n".join(format_table(table[0], table[1:]) for table in tables)
     text = []
     for start, *cells in lines:
         padded = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]

@@ -15,6 +15,7 @@ from src.checkpoints import save_checkpoint
 from src.models import ConvNN
 from src.records.rows import verify
 from src.training_and_evaluation import train_model
+from tests.helpers import HERE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -22,7 +23,7 @@ PAIR = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--
 END = "--"
 # Runs are compared byte for byte: none may choose its own precision.
 COMPARE = ["--every", "1000", "--n", "500", "--steps", "1", "--sigma", "0.5"]
-COMPARE += ["--precision", "float32"]
+COMPARE += ["--precision", "float32", *HERE]
 
 
 def start(command, cwd, **options):

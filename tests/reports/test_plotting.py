@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import binom, norm
 
 from src.certification.intervals import accuracy_interval
+from src.records.rows import write_rows
 from src.reports import plotting
 from src.reports.plotting import (
     plot_accuracy_against_epsilon,
@@ -349,3 +350,37 @@ assert {backend!r} != "svg" or matplotlib.rcParams["backend"] == "svg"
     environment = os.environ | {"MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=root)
     assert (tmp_path / "figure.png").exists()
+
+
+def test_certified_accuracy_is_drawn_from_files_too(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: figures.append(figure))
+    write_rows(tmp_path / "rows.csv", ROWS)
+    for rows in (ROWS, tmp_path / "rows.csv", str(tmp_path / "rows.csv")):
+        plot_certified_accuracy({"A": rows}, "unused.png")
+    lines = [line_of(figure.axes[0], "A").get_ydata() for figure in figures]
+    assert np.array_equal(lines[0], lines[1])
+    assert np.array_equal(lines[0], lines[2])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv has no certificates"):
+        plot_certified_accuracy({"A": tmp_path / "other.csv"}, "unused.png")
+    with pytest.raises(ValueError, match="'A' has no certificates"):
+        plot_certified_accuracy({"A": []}, "unused.png")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        plot_certified_accuracy({"A": tmp_path / "absent.csv"}, "unused.png")
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 20])
+def test_every_one_of_many_curves_has_its_own_look_and_label(count, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: figures.append(figure))
+    names = ["_a", "$b$", *map(str, range(count))][:count]
+    for plot in (plot_certified_accuracy, plot_p_lower):
+        plot(dict.fromkeys(names, ROWS), "unused.png", "title")
+        (figure,) = figures[-1:]
+        axes = figure.axes[0]
+        lines = [line_of(axes, plotting.plain_text(name)) for name in names]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+        legend = axes.get_legend() or figure.legends[0]
+        shown = [text.get_text() for text in legend.get_texts()]
+        assert shown[:count] == [plotting.plain_text(name) for name in names]

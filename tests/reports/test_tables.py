@@ -9,6 +9,7 @@ from scipy.stats import binom
 from src.certification.intervals import accuracy_interval
 from src.records.rows import read_rows, write_rows
 from src.reports.tables import (
+    WIDEST,
     attack_lines,
     certificate_lines,
     format_table,
@@ -190,3 +191,15 @@ def test_tables_show_the_tightest_radius_and_that_of_certify_below():
     assert summarise(rows, (), "radius")["acr"] == plain["acr"]
     # Rows of older releases have one radius.
     assert "the same by CERTIFY" not in certificate_lines({"A": rows, "B": ROWS}, (1.0,))
+
+
+def test_many_columns_go_into_several_tables():
+    names = [f"a model with the name {k}" for k in "abcdefghijkl"]
+    rows = [("first", *map(str, range(12))), ("second", *map(str, range(12, 24)))]
+    tables = format_table(("", *names), rows).split("\n\n")
+    assert len(tables) > 1
+    assert max(map(len, "\n".join(tables).splitlines())) <= WIDEST
+    header, _, first, second = zip(*(table.splitlines() for table in tables), strict=True)
+    assert all(sum(name in line for line in header) == 1 for name in names)
+    assert " ".join(line.removeprefix("first") for line in first).split() == list(rows[0][1:])
+    assert " ".join(line.removeprefix("second") for line in second).split() == list(rows[1][1:])
