@@ -149,7 +149,7 @@ class SmoothClassifier(nn.Module):
     the votes. The noise of an image depends only on `seed`, its index and the type of device.
 
     Args:
-        base_classifier: f, images (B, 1, 28, 28) -> logits (B, num_classes).
+        base_classifier: f, images (B, C, H, W) -> logits (B, num_classes).
         sigma: standard deviation of the noise, in pixel units.
         num_classes: number of logits of f.
         precision: "float32", "bfloat16", "int16" or "int8", in which f votes. The rounded network
@@ -205,7 +205,7 @@ class SmoothClassifier(nn.Module):
         than g(x) is at most `alpha`.
 
         Args:
-            images: (B, 1, 28, 28) or (1, 28, 28), pixels in [0, 1].
+            images: (B, C, H, W) or (C, H, W), pixels in [0, 1].
             n: noisy copies per image.
             alpha: level of the two-sided binomial test of the two leading classes.
             batch_size: at most this many copies pass through the network at once.
