@@ -33,6 +33,7 @@ def attack_evaluation(
     *,
     steps: int,
     radii: Sequence[tuple[str, float]] = RADII,
+    finer: int = 1,
 ) -> dict[str, list[dict]]:
     """Attack a model at fixed radii, look for the smallest radii, go through the checklist.
 
@@ -46,6 +47,7 @@ def attack_evaluation(
         curve_indices: numbers of those whose smallest epsilon is looked for.
         steps: of PGD at fixed radii; the search for the smallest epsilon takes half as many.
         radii: pairs of norm and epsilon.
+        finer: as for `smallest_epsilons`.
 
     Returns:
         Lists of rows by name: `table` as of `table_rows`, `smallest_epsilons` as of
@@ -53,7 +55,7 @@ def attack_evaluation(
     """
     dataset, indices = subset(test, indices), np.asarray(indices)
     standing = attack_hits(model, dataset, steps=steps, radii=radii)
-    alone = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1))
+    alone = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1), finer=finer)
     others = other_attacks(model, dataset, standing)
     broken = {key: ~still for key, still in standing.items()}
     broken |= {key: tried.broken for key, tried in others.items()}
