@@ -44,7 +44,8 @@ def main(argv=None):
     dataset = load_images(args.data)
     model = load_network(args.network).to(device)
     classes = count_classes(model, dataset)
-    indices = spread_indices(len(dataset), args.images or len(dataset))
+    numbers = range(0, len(dataset), args.every)
+    indices = [numbers[k] for k in spread_indices(len(numbers), args.images or len(numbers))]
     facts = provenance("-m src.evaluate", args, argv) | {"classes": classes}
     title = figure_title(args.name, args.name, "")
     output = Output(args.name, title, facts, args.results, args.figures)
@@ -148,7 +149,8 @@ def option_parser():
         "an .npz file with `images`, (N, C, H, W), floats in [0, 1] or bytes, and `labels`, (N,)"
     )
     add("--data", required=True, help=files)
-    add("--images", type=count(), help="take only this many images, evenly spread; default: all")
+    add("--every", type=count(), default=1, help="take every N-th image of the file")
+    add("--images", type=count(), help="of these, only this many, evenly spread; default: all")
     add = parser.adder("attack")
     add("--norm", choices=NORMS, default="linf", help="of the ball that attacks stay in")
     radius = "radius of that ball, in pixel units"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.certification import bounds, stopping
-from src.checks import check_count, check_images, check_number, check_shape
+from src.checks import ask, check_count, check_images, check_number, check_shape
 from src.engine import forms
 from src.engine.parts import apply_thresholds, check_precision
 from src.engine.untouched import alteration, are_thresholds, has_hooks, unwrapped
@@ -187,7 +187,7 @@ class SmoothClassifier(nn.Module):
 
         Draws from torch's global generator, and leaves the mode of the base classifier alone.
         """
-        return self.base_classifier(images + self.sigma * torch.randn_like(images))
+        return ask(self.base_classifier, images + self.sigma * torch.randn_like(images))
 
     def predict(
         self,

@@ -174,3 +174,23 @@ def test_an_error_of_the_model_itself_is_not_hidden():
     model, dataset, _ = setting("float64")
     with pytest.raises(RuntimeError, match="channels"):
         accuracy(model, TensorDataset(dataset.tensors[0][:, :1], dataset.tensors[1]))
+
+
+class Thresholds(Mean):
+    """An attribute that is called as one of ours, and is something else."""
+
+    thresholds = (0.2, 0.7)
+
+
+def test_thresholds_that_are_not_ours_are_warned_of_and_left_alone():
+    images = torch.rand((4, 3, 5, 5), generator=torch.Generator().manual_seed(0))
+    model = Thresholds()
+    dataset = TensorDataset(images, model(images).argmax(dim=1))
+    with pytest.warns(UserWarning, match="thresholds that cannot be taken away"):
+        found = attack_evaluation(model, dataset, range(4), [0], steps=1, radii=[("linf", 0.5)])
+    assert found["table"][-1]["accuracy"] == 0
+
+
+def test_a_float64_network_is_smoothed_in_float32_images():
+    _, dataset, smooth = setting("float64")
+    assert smooth.eval()(dataset.tensors[0]).shape == (COUNT, 7)

@@ -77,7 +77,7 @@ def strongest_attack_stages(
     check_function(model, images)
     generator = generator or torch.Generator().manual_seed(0)
     worst = Worst(None, images, labels, "margin", False)
-    adaptive = _has_thresholds(model, images)
+    adaptive = removable_thresholds(model, images)
     stages = _stages(adaptive, norm, steps, restarts, targets, queries)
     for name, attack in [("clean", _unchanged), *stages]:
         chosen = worst.standing.nonzero()[:, 0]
@@ -112,7 +112,7 @@ def _stages(adaptive, norm, steps, restarts, targets, queries) -> list[tuple[str
     return [*stages, ("square", partial(square_attack, queries=queries))]
 
 
-def _has_thresholds(model: nn.Module, images: Tensor) -> bool:
+def removable_thresholds(model: nn.Module, images: Tensor) -> bool:
     """Whether a model has thresholds that can be taken away; warns of those that cannot."""
     network = unwrapped(model)
     thresholds = getattr(network, "thresholds", None)
