@@ -16,6 +16,7 @@ from src.checks import NORMS
 from src.engine.untouched import alteration
 from src.files import whole_file
 from src.models import ConvNN
+from src.utils import add_to_digest
 
 # The facts that scripts rely on: their types, and the least value of numbers.
 _TYPES = {"options": dict, "versions": dict, "command": str, "commit": str, "device": str}
@@ -133,12 +134,14 @@ def _layout(weights: dict[str, Tensor]) -> dict:
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and bytes of a state dictionary."""
+    """SHA-256 of the names, types, shapes and bytes of a state dictionary.
+
+    Of entries other than tensors, which a module may add to its state, only the types count.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} ".encode())
+        add_to_digest(digest, weights[name])
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ def check_images(images: Tensor, *, dims: tuple[int, ...] = (4,)) -> None:
             "(for bytes: images.float() / 255)."
         )
     if images.dim() not in dims or 0 in images.shape[1:]:
-        expected = "(B, 1, 28, 28)" + " or (1, 28, 28)" * (3 in dims)
+        expected = "(B, C, H, W)" + " or (C, H, W)" * (3 in dims)
         raise ValueError(f"'images' has shape {tuple(images.shape)}; expected {expected}.")
     # A NaN fails both comparisons.
     if images.numel() and not bool(((images >= 0) & (images <= 1)).all()):
@@ -104,6 +104,21 @@ def checked_logits(
     return logits
 
 
+def ask(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model returns for images; in the dtype of its weights if it takes no other.
+
+    So a network in float64 can be asked about images in float32, and the other way round.
+    """
+    try:
+        return model(images)
+    except RuntimeError:
+        weights = (p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = next(weights, images.dtype)
+        if dtype == images.dtype:
+            raise
+    return model(images.to(dtype))
+
+
 def predicted(logits: Tensor, none: int = -1) -> Tensor:
     """The class of each row of logits (B, K), int64 (B,); `none`, which is no class, with a NaN."""
     # max returns NaN if there is one; argmax would choose its class.
@@ -176,7 +191,7 @@ def check_function(model: nn.Module, images: Tensor, *, may_change: bool = False
     batch = torch.cat([few, others.to(few)])
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices), evaluation_mode(model):
-        first, again, alone = (model(part) for part in (batch, batch, batch[:1]))
+        first, again, alone = (ask(model, part) for part in (batch, batch, batch[:1]))
     if not isinstance(first, Tensor):
         raise ValueError(
             f"'model' returned a {type(first).__name__}; expected logits (B, classes)."
@@ -208,13 +223,16 @@ def same(found: Tensor, expected: Tensor, tolerance: Tensor) -> bool:
 
 def _rounding(logits: Tensor) -> Tensor:
     """How far rounding may move the logits (B, classes), for each class: (classes,)."""
-    unit = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 0.0
-    if torch.is_autocast_enabled(logits.device.type):
-        unit = torch.finfo(torch.bfloat16).eps
-    elif logits.is_cuda:
-        # Convolutions may run in TF32, with 10 bits.
-        unit = max(unit, 2**-10)
-    finite = logits.nan_to_num(0, 0, 0)
+    unit, finite = rounding_unit(logits), logits.nan_to_num(0, 0, 0)
     spread = (finite.amax(0) - finite.amin(0)).max()
     # For each class: a constant -1e9 in one must not hide changes in the others.
     return unit**0.5 * spread + 64 * unit * finite.abs().amax(0)
+
+
+def rounding_unit(logits: Tensor) -> float:
+    """The relative size of one rounding in the network that gave these logits."""
+    unit = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 0.0
+    if torch.is_autocast_enabled(logits.device.type):
+        return torch.finfo(torch.bfloat16).eps
+    # On a GPU convolutions may run in TF32, with 10 bits.
+    return max(unit, 2**-10) if logits.is_cuda else unit

@@ -69,8 +69,9 @@ def parse(parser: Parser, argv: Sequence[str] | None, **quick) -> argparse.Names
     if args.quick:
         parser.set_defaults(**quick)
         args = parser.parse_args(argv)
-    for folder in (args.models, args.figures, args.results):
-        check_writable(folder)
+    for name in ("models", "figures", "results"):
+        if name in args:
+            check_writable(getattr(args, name))
     return args
 
 

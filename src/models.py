@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.certification import bounds, stopping, tightest
-from src.checks import check_count, check_images, check_number, check_shape
+from src.checks import ask, check_count, check_images, check_number, check_shape
 from src.engine import forms
 from src.engine.lattice import LEVELS
 from src.engine.noise import Noise, check_levels, check_numbers, sampler_cost, to_grid
@@ -219,7 +219,7 @@ class SmoothClassifier(nn.Module):
 
         Draws from torch's global generator, and leaves the mode of the base classifier alone.
         """
-        return self.base_classifier(images + self.sigma * torch.randn_like(images))
+        return ask(self.base_classifier, images + self.sigma * torch.randn_like(images))
 
     def predict(
         self,

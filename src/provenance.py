@@ -21,17 +21,21 @@ FOLDERS = ("data", "models", "figures", "results")
 
 
 def provenance(script: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
-    """What made a result, as JSON values; the command can be pasted."""
+    """What made a result, as JSON values; the command can be pasted.
+
+    `script` is the name of a script in the repository, or "-m" and a module.
+    """
     words = sys.argv[1:] if argv is None else argv
     # Each process draws its own noise and has its own batch statistics, so their number matters.
     several = f"torchrun --nproc-per-node={process_count()} --"
     start = several if process_count() > 1 else "python"
+    program = script if script.startswith("-m ") else f"{script}.py"
     # By their names: results do not say where on a machine the repository lies.
     folders = {
         name: name for name in FOLDERS if getattr(args, name, None) == str(in_repository(name))
     }
     return {
-        "command": f"{start} {shlex.join([f'{script}.py', *words])}",
+        "command": f"{start} {program} {shlex.join(words)}",
         "options": vars(args) | folders,
         "commit": code_commit(),
         "device": str(get_device(args.device)),

@@ -82,7 +82,7 @@ def train_model(
 
     Args:
         model: images -> logits (B, classes). It is trained on the device where it is.
-        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        dataset: images (N, C, H, W) in [0, 1] and int64 labels (N,).
         loss: (model, images, labels) -> mean loss and logits.
         epochs: passes over the data set. Each leaves out its last incomplete batch.
         loss_schedule: progress in [0, 1) -> loss, in place of `loss`.
@@ -256,7 +256,7 @@ def accuracy(
     Args:
         model: images -> logits (B, classes). It computes where it is, in evaluation mode; its own
             mode is restored.
-        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        dataset: images (N, C, H, W) in [0, 1] and int64 labels (N,).
         attack: (model, images, labels) -> images.
         batch_size: images per batch.
 

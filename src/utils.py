@@ -61,9 +61,19 @@ def data_digest(dataset: TensorDataset) -> str:
     """SHA-256 of the tensors of a data set, in hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in dataset.tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        add_to_digest(digest, tensor)
     return digest.hexdigest()
+
+
+def add_to_digest(digest, tensor: torch.Tensor) -> None:
+    """Add type, shape and bytes of a tensor of any kind to a digest of hashlib."""
+    if not isinstance(tensor, torch.Tensor):
+        digest.update(f"{type(tensor).__name__}\n".encode())
+        return
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    # As bytes: numpy has no bfloat16.
+    digest.update(dense.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
 
 def load_training_data(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.checks import checked_logits, predicted
+from src.checks import ask, checked_logits, predicted
 
 # Warnings given in the outermost block `with_gradients`; None outside of such a block.
 _warned: ContextVar[list | None] = ContextVar("warned", default=None)
@@ -67,7 +67,7 @@ def batches(model: nn.Module, *tensors: Tensor, batch_size: int) -> Iterator[tup
 
 def logits_of(network, points: Tensor, labels: Tensor) -> Tensor:
     """Logits (B, classes), after a check that they cover all the classes of `labels`."""
-    return checked_logits(network(points), len(points), labels)
+    return checked_logits(ask(network, points), len(points), labels)
 
 
 @torch.no_grad()

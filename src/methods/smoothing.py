@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.balls import direction
-from src.checks import checked_logits
+from src.checks import ask, checked_logits
 from src.engine.untouched import evaluation_form
 from src.models import SmoothClassifier
 from src.training_and_evaluation import Loss
@@ -53,7 +53,7 @@ def smoothing_loss(
 
     Args:
         smooth: the SmoothClassifier in training.
-        images: (B, 1, 28, 28), pixels in [0, 1].
+        images: (B, C, H, W), pixels in [0, 1].
         labels: int64 (B,).
         draws: noisy copies per image.
         attack_draws: how many of the copies the SmoothAdv step uses; default: all.
@@ -88,7 +88,7 @@ def smoothing_loss(
 def _noisy_logits(base: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
     """Logits (draws, B, num_classes) at every noisy copy, all in one batch."""
     copies = (images + noise).flatten(0, 1)
-    return checked_logits(base(copies), len(copies)).unflatten(0, noise.shape[:2])
+    return checked_logits(ask(base, copies), len(copies)).unflatten(0, noise.shape[:2])
 
 
 def mean_log_softmax(base: nn.Module, images: Tensor, noise: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from src.checkpoints import weights_digest
+from src.checks import check_dataset
 from src.engine.forms import form_name
 from src.engine.noise import to_grid
 from src.models import SmoothClassifier
+from src.records.identity import model_identity
 from src.records.recording import record_certificates
 from src.records.twins import indices_digest
 from src.training_and_evaluation import evaluate_robustness
@@ -34,15 +35,27 @@ def certify_dataset(
 ) -> list[dict[str, str]]:
     """Certify a data set to a file of rows with its twin; see `record_certificates`.
 
+    The model may be any `nn.Module`. The twin tells it by its state, its class and its outputs on
+    fixed images, so a resumed run with another model is refused; `redraw` and `verify` check rows.
+
     Args:
         smooth: the classifier to certify.
-        dataset: images (N, 1, 28, 28) in [0, 1] and int64 labels (N,).
+        dataset: images (N, C, H, W) in [0, 1] and int64 labels (N,).
         path: the CSV file.
         n0, n, alpha, seed, indices, progress: as for `evaluate_robustness`.
         resume: keep the rows of an interrupted run and certify the rest.
         facts: what else is worth knowing of the run, JSON values.
         shard: (k, n) to certify the k-th of n parts of these images only, to be merged later.
+
+    Returns:
+        All rows, as `read_rows` gives them.
+
+    Raises:
+        ValueError: for an argument out of its range, for a model or data that cannot be certified,
+            and as `record_certificates` does. Nothing is written then.
+        OSError: if the file cannot be written or another process is writing it.
     """
+    check_dataset(dataset)
     indices = list(range(len(dataset)) if indices is None else indices)
     settings = {"n0": n0, "n": n, "alpha": alpha, "seed": seed}
     part, (k, parts) = {}, shard or (1, 1)
@@ -73,11 +86,10 @@ def certificate_settings(smooth: SmoothClassifier, test: TensorDataset, **settin
     images = test.tensors[0]
     pixels, draws = images.shape[1:].numel(), settings["n0"] + settings["n"]
     return {
-        "model_digest": weights_digest(smooth.base_classifier.state_dict()),
-        "network": smooth.base_classifier.config,
+        **model_identity(smooth.base_classifier, test.tensors[0], smooth.num_classes),
         "data_digest": data_digest(test),
         "sigma": smooth.sigma,
-        "device": next(smooth.parameters()).device.type,
+        "device": next(smooth.parameters(), test.tensors[0]).device.type,
         "num_classes": smooth.num_classes,
         "precision": smooth.precision,
         "form": form_name(smooth.base_classifier, smooth.precision),

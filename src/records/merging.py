@@ -7,7 +7,14 @@ from pathlib import Path
 
 from src.files import drop_equal_copies, lock_file, set_aside
 from src.records.rows import checked_path, read_rows, verify, write_rows
-from src.records.twins import indices_digest, read_exactly, read_twin, text_digest, write_twin
+from src.records.twins import (
+    different_settings,
+    indices_digest,
+    read_exactly,
+    read_twin,
+    text_digest,
+    write_twin,
+)
 
 
 def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
@@ -33,7 +40,7 @@ def merge(path: str | os.PathLike, shards: Sequence[str | os.PathLike]) -> int:
         if problems := verify(shard):
             raise ValueError(f"{shard} cannot be merged: {problems[0]}.")
         twins.append(read_twin(shard.with_suffix(".json")))
-        if _shared_settings(twins[-1]) != _shared_settings(twins[0]):
+        if different_settings(_shared_settings(twins[-1]), _shared_settings(twins[0])):
             raise ValueError(f"{shard} cannot be merged: it is of another run than {shards[0]}.")
         rows += read_rows(shard)
     _check_complete([twin["settings"].get("shard") for twin in twins])

@@ -19,7 +19,14 @@ from src.records.rows import (
     read_rows,
     rows_of,
 )
-from src.records.twins import indices_digest, read_exactly, read_twin, text_digest, write_twin
+from src.records.twins import (
+    different_settings,
+    indices_digest,
+    read_exactly,
+    read_twin,
+    text_digest,
+    write_twin,
+)
 
 
 def record_certificates(
@@ -160,15 +167,21 @@ def _check_same_run(path: Path, made: Mapping, settings: Mapping) -> None:
     """Raise ValueError unless the rows were made with these settings; it says which differ."""
     # Older twins do not say the number of classes.
     made, settings = ({"num_classes": NUM_CLASSES} | dict(given) for given in (made, settings))
-    different = sorted(k for k in made.keys() | settings.keys() if made.get(k) != settings.get(k))
-    if different:
-        # Of a digest the beginning says enough.
-        values = ([str(of.get(key))[:12] for key in different] for of in (made, settings))
-        was = (f"{key} was {a}, is {b}" for key, a, b in zip(different, *values, strict=True))
+    if different := different_settings(made, settings):
+        was = (_difference(key, made.get(key), settings.get(key)) for key in different)
         raise ValueError(
             f"{path} cannot be resumed, since this run differs: {', '.join(was)}; "
             "choose another folder, or leave out --resume."
         )
+
+
+def _difference(name: str, was, now) -> str:
+    """What differs in a setting, in a few words."""
+    if name == "outputs" and was and now:
+        return "the model's outputs on fixed images differ"
+    # Of a digest the beginning says enough.
+    length = 12 if name.endswith(("digest", "indices")) else 60
+    return f"{name} was {str(was)[:length]}, is {str(now)[:length]}"
 
 
 def _misplaced(rows: Sequence[Mapping], indices, labels) -> list[str]:

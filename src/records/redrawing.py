@@ -4,14 +4,18 @@ import os
 from pathlib import Path
 
 import numpy as np
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from src.checkpoints import load_checkpoint, weights_digest
+from src.checkpoints import load_checkpoint
+from src.checks import check_dataset
 from src.engine.forms import form_name
 from src.engine.lattice import LEVELS
 from src.models import SmoothClassifier
+from src.records.identity import model_identity
 from src.records.recording import is_same_draw
-from src.records.rows import older_columns, read_rows
-from src.records.twins import read_exactly, read_twin
+from src.records.rows import NUM_CLASSES, older_columns, read_rows
+from src.records.twins import different_settings, read_exactly, read_twin
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import data_digest, get_device, load_mnist
 
@@ -21,7 +25,13 @@ OTHER_FORM = 1
 
 
 def redraw(
-    path: str | os.PathLike, rows: int, checkpoint: str | None, data: str | None = None
+    path: str | os.PathLike,
+    rows: int,
+    checkpoint: str | None = None,
+    data: str | None = None,
+    *,
+    model: nn.Module | None = None,
+    dataset: TensorDataset | None = None,
 ) -> list[str]:
     """Certify randomly chosen rows of a file again and compare the results.
 
@@ -29,10 +39,12 @@ def redraw(
     In another form, OTHER_FORM of 1,000 votes may differ, and 2 more.
 
     Args:
-        path: file of certificates of MNIST test images.
+        path: file of certificates.
         rows: how many to draw again; all if there are fewer.
-        checkpoint: the model.
+        checkpoint: file of the model.
         data: folder of MNIST; None is `data` of the repository.
+        model: the base classifier itself, or its SmoothClassifier, in place of `checkpoint`.
+        dataset: the images behind the rows, if not the test images of MNIST.
 
     Returns:
         One sentence per difference; empty if there is none.
@@ -41,22 +53,34 @@ def redraw(
         OSError, ValueError: if a file cannot be used, or this machine lacks the type of device
             that made the rows.
     """
-    if checkpoint is None:
-        raise ValueError("--redraw needs --checkpoint, the model behind the rows.")
+    if checkpoint is None and model is None:
+        raise ValueError(
+            "--redraw needs --checkpoint, the model behind the rows (of another class than ConvNN: "
+            "call src.records.redraw(path, rows, model=..., dataset=...) in Python)."
+        )
     settings = read_twin(Path(path).with_suffix(".json"))["settings"]
     if missing := {"precision", "model_digest", "data_digest"} - settings.keys():
         raise ValueError(f"{path} cannot be drawn again: its twin has no {min(missing)}.")
     if older_columns(read_exactly(Path(path))):
         raise ValueError(f"{path} cannot be drawn again: it is of an older release.")
-    precision, levels = settings["precision"], settings.get("levels", LEVELS)
+    precision, classes = settings["precision"], settings.get("num_classes", NUM_CLASSES)
     # Exact votes are the same on every device; the CPU is the fastest.
-    device = "cpu" if settings.get("exact") else settings.get("device", "cpu")
-    model = load_checkpoint(checkpoint, get_device(device))
-    test, found = load_mnist("test", data), read_rows(path)
-    if settings["model_digest"] != weights_digest(model.state_dict()):
-        return [f"{checkpoint} is not the model behind the rows"]
+    device = get_device("cpu" if settings.get("exact") else settings.get("device", "cpu"))
+    if model is None:
+        model = load_checkpoint(checkpoint, device)
+    model = model.base_classifier if isinstance(model, SmoothClassifier) else model
+    test = load_mnist("test", data) if dataset is None else dataset
+    check_dataset(test)
+    found = read_rows(path)
     if settings["data_digest"] != data_digest(test):
-        return ["the test images are not those behind the rows"]
+        which = "test " if dataset is None else ""
+        return [f"the {which}images are not those behind the rows"]
+    if other := _other_model(model, test, settings, classes):
+        return [f"{checkpoint or 'the model given'} is not the model behind the rows{other}"]
+    if (here := next(model.parameters(), test.tensors[0]).device.type) != device.type:
+        raise ValueError(
+            f"'model' is on {here}; move it to {device.type}, where the rows were made."
+        )
     # Fresh entropy: whoever alters a row must not know which rows are drawn again.
     chosen = np.random.default_rng().choice(len(found), min(rows, len(found)), replace=False)
     form, recorded = form_name(model, precision), settings.get("form")
@@ -64,11 +88,28 @@ def redraw(
     hint = "" if form == recorded else f"; the form was {recorded!r}, here it is {form!r}"
     problems = []
     for row in (found[number] for number in sorted(chosen)):
-        smooth = SmoothClassifier(model, float(row["sigma"]), precision=precision, levels=levels)
-        settings = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
-        settings |= {"seed": int(row["seed"]), "indices": [int(row["index"])], "progress": False}
-        (again,) = evaluate_robustness(smooth, test, **settings)
-        votes = 0 if same else int(row["n"]) * OTHER_FORM // 1000 + 2
-        if not is_same_draw(row, again, votes):
-            problems.append(f"image {row['index']} drawn again gives another row{hint}")
+        options = {"precision": precision, "levels": settings.get("levels", LEVELS)}
+        smooth = SmoothClassifier(model, float(row["sigma"]), classes, **options)
+        budget = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
+        budget |= {"seed": int(row["seed"]), "indices": [int(row["index"])], "progress": False}
+        (again,) = evaluate_robustness(smooth, test, **budget)
+        few = int(row["n"]) * OTHER_FORM // 1000 + 2
+        if not is_same_draw(row, again, 0 if same else few):
+            close = "model_class" in settings and is_same_draw(row, again, few)
+            why = "; a few votes of a network in floats may depend on threads and processor"
+            problems.append(
+                f"image {row['index']} drawn again gives another row{hint or why * close}"
+            )
     return problems
+
+
+def _other_model(model: nn.Module, dataset: TensorDataset, settings: dict, classes: int) -> str:
+    """How a model differs from the one that a twin describes, for a sentence; "" if it does not."""
+    try:
+        identity = model_identity(model, dataset.tensors[0], classes)
+    except ValueError as error:
+        return f": {error}"
+    keys = ("model_digest", "model_class", "outputs")
+    different = different_settings(*({k: of.get(k) for k in keys} for of in (settings, identity)))
+    words = " and ".join(key.replace("model_digest", "state") for key in different)
+    return f" (it differs in {words.replace('model_', '')})" if words else ""

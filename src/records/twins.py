@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from src.files import whole_file
@@ -26,6 +26,28 @@ def read_exactly(path: Path) -> str:
 def text_digest(text: str) -> str:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def different_settings(made: Mapping, settings: Mapping) -> list[str]:
+    """The names of the settings that differ, in order; outputs of a model only beyond rounding."""
+    names = sorted(made.keys() | settings.keys())
+    return [name for name in names if not _equal(made.get(name), settings.get(name))]
+
+
+def _equal(one, other) -> bool:
+    """Whether two settings are equal, the logits among them up to rounding."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping) and "logits" in one):
+        return one == other
+    logits = [[line.split() for line in of.get("logits", ())] for of in (one, other)]
+    if [len(line) for line in logits[0]] != [len(line) for line in logits[1]]:
+        return False
+    pairs = [pair for lines in zip(*logits, strict=True) for pair in zip(*lines, strict=True)]
+
+    def close(a: float, b: float) -> bool:
+        return abs(a - b) <= one["absolute"] + one["relative"] * abs(a)
+
+    # As text, NaN equals NaN.
+    return all(a == b or close(float(a), float(b)) for a, b in pairs)
 
 
 def write_twin(twin: Path, content: dict, *, durable: bool = True) -> None:

@@ -40,7 +40,11 @@ def figure_title(name: str, words: str, default: str) -> str:
 
 
 def save_attacks(
-    evaluations: Mapping[str, Mapping[str, list[dict]]], output: Output, facts: Mapping
+    evaluations: Mapping[str, Mapping[str, list[dict]]],
+    output: Output,
+    facts: Mapping,
+    *,
+    chance: float = 0.1,
 ) -> None:
     """Print the medians of evaluations under attack, write their rows and draw their curves.
 
@@ -48,6 +52,7 @@ def save_attacks(
         evaluations: model -> `attack_evaluation`. Rows of several models have a column `model`.
         output: where the results go.
         facts: further facts for the JSON beside the rows.
+        chance: accuracy that no attack needs to go below, for the figure.
     """
     several, rows, smallest, short = len(evaluations) > 1, [], [], []
     for name, found in evaluations.items():
@@ -66,7 +71,7 @@ def save_attacks(
     curves = {name: found["curve"] for name, found in evaluations.items()}
     title = "Accuracy under the worst attack known" if several else f"{output.title} under attack"
     path = output.figure("accuracy_against_epsilon")
-    plot_accuracy_against_epsilon(curves, path, title, warnings=short)
+    plot_accuracy_against_epsilon(curves, path, title, warnings=short, chance=chance)
 
 
 def attack_rows(evaluation: Mapping[str, Sequence[Mapping]], **columns) -> list[dict]:

@@ -154,6 +154,7 @@ def plot_accuracy_against_epsilon(
     title: str,
     *,
     warnings: Sequence[str] = (),
+    chance: float = 0.1,
 ) -> None:
     """Accuracy against the radius of the attack, one panel per norm, with 95 % intervals.
 
@@ -166,6 +167,7 @@ def plot_accuracy_against_epsilon(
         path: image file to write.
         title: title of the figure.
         warnings: reasons to doubt the curves, written in red below the panels.
+        chance: share of the most frequent class, a dotted line.
     """
     text = textwrap.fill("warning: " + "; ".join(warnings), 130) if warnings else ""
     # The figure grows with the text, so the panels keep their height.
@@ -180,8 +182,8 @@ def plot_accuracy_against_epsilon(
                     _plot_accuracy(axes, rows_of_attack, color)
                     dashed = Line2D([], [], color="black", ls="--", lw=1)
                     handles |= {WORST: Line2D([], [], color="black"), attack: dashed}
-            axes.axhline(0.1, color=GREY, ls=":", lw=1)
-            axes.annotate("chance", (1, 0.1), **_AT_HEIGHT, **SMALL)
+            axes.axhline(chance, color=GREY, ls=":", lw=1)
+            axes.annotate("chance", (1, chance), **_AT_HEIGHT, **SMALL)
             axes.set(xlabel=f"radius $\\epsilon$ of the attack, {symbol}")
             axes.set(ylim=(0, 1.02), xlim=(0, None))
         panels[0].set_ylabel("accuracy")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from src.checks import check_count, check_dataset
+from src.checks import ask, check_count, check_dataset
 from src.engine.untouched import evaluation_form
 from src.robustness.few_pixels import few_pixels_attack
 from src.robustness.fixed_radii import CLEAN, SINGLE_STEP
@@ -209,7 +209,7 @@ def _signs(network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Check -> on which images of a batch its sign shows, bool (B,)."""
     logits, _, _, gradient = judge(network, images, labels, cross_entropy)
     with torch.no_grad():
-        change = (network(images) - logits).abs().amax(dim=1)
+        change = (ask(network, images) - logits).abs().amax(dim=1)
     # Rounding may depend on the order in which a device adds up.
     rounding = 1e-4 * (1 + logits.abs().amax(dim=1))
     return {

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from src.engine.untouched import unwrapped
 from src.robustness.checklist import evaluation_warnings, other_attacks
 from src.robustness.few_pixels import few_pixels_lengths
 from src.robustness.fixed_radii import RADII, WORST_KNOWN, attack_hits, multi_step_name, table_rows
 from src.robustness.smallest_epsilon import CURVE_EPSILONS, LARGEST, epsilon_curves, epsilon_rows
+from src.robustness.strongest import removable_thresholds
 from src.robustness.thresholds import thresholds_attack
 from src.training_and_evaluation import correct
 from src.utils import subset
@@ -33,6 +33,7 @@ def attack_evaluation(
     *,
     steps: int,
     radii: Sequence[tuple[str, float]] = RADII,
+    finer: int = 1,
 ) -> dict[str, list[dict]]:
     """Attack a model at fixed radii, look for the smallest radii, go through the checklist.
 
@@ -46,6 +47,7 @@ def attack_evaluation(
         curve_indices: numbers of those whose smallest epsilon is looked for.
         steps: of PGD at fixed radii; the search for the smallest epsilon takes half as many.
         radii: pairs of norm and epsilon.
+        finer: as for `smallest_epsilons`.
 
     Returns:
         Lists of rows by name: `table` as of `table_rows`, `smallest_epsilons` as of
@@ -53,7 +55,7 @@ def attack_evaluation(
     """
     dataset, indices = subset(test, indices), np.asarray(indices)
     standing = attack_hits(model, dataset, steps=steps, radii=radii)
-    alone = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1))
+    alone = epsilon_rows(model, test, curve_indices, steps=max(steps // 2, 1), finer=finer)
     others = other_attacks(model, dataset, standing)
     broken = {key: ~still for key, still in standing.items()}
     broken |= {key: tried.broken for key, tried in others.items()}
@@ -106,7 +108,8 @@ def _search_further(model, dataset: TensorDataset, known: dict[str, np.ndarray],
     lengths = few_pixels_lengths(model, images, labels, limits).numpy()
     np.minimum(known["l2"], lengths, out=known["l2"])
     balls = {*radii, *((norm, e) for norm, some in CURVE_EPSILONS.items() for e in some[1:])}
-    has_thresholds = getattr(unwrapped(model), "thresholds", None) is not None
+    device = next(model.parameters(), images).device
+    has_thresholds = removable_thresholds(model, images[:4].to(device))
     # From small radii to large ones: an image that broke is not attacked again.
     for norm, epsilon in sorted(balls) if has_thresholds else ():
         chosen = np.flatnonzero(known[norm] > epsilon)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from src.checks import check_ball, check_dataset, check_function
+from src.checks import check_ball, check_count, check_dataset, check_function
 from src.engine.untouched import evaluation_form
 from src.robustness.fixed_radii import accuracy_row, attacks, multi_step_name
 from src.training_and_evaluation import correct
@@ -33,13 +33,14 @@ def smallest_epsilons(
     *,
     steps: int = 20,
     batch_size: int = 1000,
+    finer: int = 1,
     progress: bool = True,
 ) -> np.ndarray:
     """The norm of the smallest perturbation found that breaks each image.
 
-    Bisects the radius of PGD per image, to 0.005 in linf and 0.05 in l2. The result is the norm
-    of a perturbation that was seen to work. So it is an upper bound on the true robustness of the
-    image, whatever the attack may have missed.
+    Bisects the radius of PGD per image, to 0.005 in linf and 0.05 in l2 (divided by `finer`). The
+    result is the norm of a perturbation that was seen to work. So it is an upper bound on the true
+    robustness of the image, whatever the attack may have missed.
 
     Args:
         model: images -> logits (B, classes).
@@ -47,6 +48,7 @@ def smallest_epsilons(
         norm: "linf" or "l2".
         steps: of PGD, from two starts.
         batch_size: images per call.
+        finer: how many times as fine the search is; images then share fewer calls.
         progress: show a progress bar.
 
     Returns:
@@ -55,10 +57,12 @@ def smallest_epsilons(
     """
     check_ball(0, norm)
     check_dataset(dataset)
+    check_count("finer", finer)
+    grid = GRID[norm] * finer
     device = next(model.parameters(), dataset.tensors[0]).device
     check_function(model, dataset.tensors[0][:4].to(device))
     smallest = np.where(correct(model, dataset, batch_size=batch_size).numpy(), np.inf, 0.0)
-    # In multiples of 1 / GRID: the attack failed at `low` and succeeded within `high`.
+    # In multiples of 1 / grid: the attack failed at `low` and succeeded within `high`.
     low, high = np.zeros(len(smallest), dtype=int), np.zeros(len(smallest), dtype=int)
     attack = attacks(steps)[multi_step_name(steps)]
     bar = progress_bar(progress, total=len(smallest), desc=f"smallest epsilons, {norm}")
@@ -66,16 +70,16 @@ def smallest_epsilons(
 
         def narrow(chosen: np.ndarray, multiple: int) -> None:
             """Attack the chosen images at one radius, and write down what it shows."""
-            ball = partial(attack, epsilon=multiple / GRID[norm], norm=norm)
+            ball = partial(attack, epsilon=multiple / grid, norm=norm)
             for part in np.split(chosen, range(batch_size, len(chosen), batch_size)):
                 found = _broken_lengths(network, subset(dataset, part), ball, norm)
                 broken = np.isfinite(found)
                 smallest[part] = np.minimum(smallest[part], found)
-                reached = np.ceil(found[broken] * GRID[norm]).astype(int)
+                reached = np.ceil(found[broken] * grid).astype(int)
                 high[part[broken]] = np.minimum(reached, multiple)
                 low[part[~broken]] = multiple
 
-        largest = round(LARGEST[norm] * GRID[norm])
+        largest = round(LARGEST[norm] * grid)
         # What fails in the largest ball may work in a smaller one: long steps leap over errors.
         for multiple in (largest, largest // 2, largest // 4):
             narrow(np.flatnonzero(np.isinf(smallest)), multiple)
@@ -106,6 +110,7 @@ def epsilon_rows(
     indices: Sequence[int],
     *,
     steps: int = 20,
+    finer: int = 1,
     progress: bool = True,
 ) -> list[dict]:
     """One row per image and norm: `index`, `label`, `attack`, `norm`, `smallest_epsilon`.
@@ -115,12 +120,14 @@ def epsilon_rows(
         test: the data set from which the images are taken.
         indices: their numbers in it.
         steps: of PGD.
+        finer: as for `smallest_epsilons`.
         progress: show a progress bar.
     """
     dataset, rows = subset(test, indices), []
+    options = {"steps": steps, "finer": finer, "progress": progress}
     labels = dataset.tensors[1].tolist()
     for norm in LARGEST:
-        values = smallest_epsilons(model, dataset, norm, steps=steps, progress=progress)
+        values = smallest_epsilons(model, dataset, norm, **options)
         attack = {"attack": multi_step_name(steps), "norm": norm}
         rows += [
             {"index": int(index), "label": label, **attack, "smallest_epsilon": float(value)}
@@ -129,7 +136,9 @@ def epsilon_rows(
     return rows
 
 
-def epsilon_curves(rows: Sequence[Mapping]) -> list[dict]:
+def epsilon_curves(
+    rows: Sequence[Mapping], epsilons: Mapping[str, Sequence[float]] = CURVE_EPSILONS
+) -> list[dict]:
     """Accuracy against the radius: how many images have no smaller epsilon.
 
     The bisection tries these very radii, so its precision shows in no point of the curve. The
@@ -137,9 +146,10 @@ def epsilon_curves(rows: Sequence[Mapping]) -> list[dict]:
 
     Args:
         rows: those of `epsilon_rows` for one model, fresh or read from a file.
+        epsilons: norm -> the radii.
 
     Returns:
-        Rows as of `accuracy_row` for each attack, for both norms at CURVE_EPSILONS.
+        Rows as of `accuracy_row` for each attack, for both norms at these radii.
     """
     smallest: dict[tuple[str, str], list[float]] = {}
     for row in rows:
@@ -148,5 +158,5 @@ def epsilon_curves(rows: Sequence[Mapping]) -> list[dict]:
     return [
         accuracy_row(attack, norm, epsilon, torch.tensor(values, dtype=torch.float64) > epsilon)
         for (attack, norm), values in smallest.items()
-        for epsilon in CURVE_EPSILONS[norm]
+        for epsilon in epsilons[norm]
     ]

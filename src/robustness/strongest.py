@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import checked
-from src.checks import check_count, check_dataset, check_function
+from src.checks import check_count, check_dataset, check_function, predicted
 from src.engine.untouched import evaluation_form, unwrapped
 from src.robustness.apgd import apgd_attack
 from src.robustness.square import square_attack
 from src.robustness.thresholds import behind_thresholds, thresholds_attack
 from src.utils import progress_bar
-from src.verdicts import Worst, batches, judge, margin, stands, with_gradients
+from src.verdicts import Worst, batches, judge, logits_of, margin, stands, with_gradients
 
 
 @with_gradients()
@@ -77,7 +77,7 @@ def strongest_attack_stages(
     check_function(model, images)
     generator = generator or torch.Generator().manual_seed(0)
     worst = Worst(None, images, labels, "margin", False)
-    adaptive = _has_thresholds(model, images)
+    adaptive = removable_thresholds(model, images)
     stages = _stages(adaptive, norm, steps, restarts, targets, queries)
     for name, attack in [("clean", _unchanged), *stages]:
         chosen = worst.standing.nonzero()[:, 0]
@@ -112,7 +112,7 @@ def _stages(adaptive, norm, steps, restarts, targets, queries) -> list[tuple[str
     return [*stages, ("square", partial(square_attack, queries=queries))]
 
 
-def _has_thresholds(model: nn.Module, images: Tensor) -> bool:
+def removable_thresholds(model: nn.Module, images: Tensor) -> bool:
     """Whether a model has thresholds that can be taken away; warns of those that cannot."""
     network = unwrapped(model)
     thresholds = getattr(network, "thresholds", None)
@@ -134,7 +134,6 @@ def _has_thresholds(model: nn.Module, images: Tensor) -> bool:
     return False
 
 
-@with_gradients()
 def hits_by_stage(
     model: nn.Module,
     dataset: TensorDataset,
@@ -158,8 +157,29 @@ def hits_by_stage(
         Name of the stage -> bool (N,) on the CPU, "clean" first. From one stage to the next,
         images only ever fall. The last one is the answer.
     """
+    options |= {"batch_size": batch_size, "progress": progress}
+    return attack_by_stage(model, dataset, epsilon, norm, **options)[0]
+
+
+@with_gradients()
+def attack_by_stage(
+    model: nn.Module,
+    dataset: TensorDataset,
+    epsilon: float,
+    norm: str = "linf",
+    *,
+    batch_size: int = 1000,
+    progress: bool = True,
+    **options,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What `hits_by_stage` returns, and the images at the end, with the classes they are given.
+
+    Arguments as for `hits_by_stage`. The images (N, C, H, W) and classes int64 (N,) are on the
+    CPU; a class is -1 where a logit is NaN.
+    """
     check_dataset(dataset, empty=False)
     check_count("batch_size", batch_size)
+    attacked, classes = [], []
     by_stage, total = {}, -(-len(dataset) // batch_size)
     parts = batches(model, *dataset.tensors, batch_size=batch_size)
     with evaluation_form(model, probe=True) as network:
@@ -170,4 +190,8 @@ def hits_by_stage(
                 # The same network and batch for every stage, so that rounding cannot decide.
                 standing = standing & stands(network, points, labels).cpu()
                 by_stage.setdefault(name, []).append(standing)
-    return {name: torch.cat(parts) for name, parts in by_stage.items()}
+            attacked.append(points.cpu())
+            with torch.no_grad():
+                classes.append(predicted(logits_of(network, points, labels)).cpu())
+    hits = {name: torch.cat(parts) for name, parts in by_stage.items()}
+    return hits, torch.cat(attacked), torch.cat(classes)

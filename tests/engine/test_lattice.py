@@ -21,9 +21,7 @@ def masses(table):
     return found
 
 
-@pytest.mark.parametrize(
-    ("sigma", "levels"), [(0.001, 255), (0.12, 255), (0.5, 255), (0.12, 1000)]
-)
+@pytest.mark.parametrize(("sigma", "levels"), [(0.001, 255), (0.12, 255), (0.5, 255), (0.12, 1000)])
 def test_total_variation_from_the_exact_law_is_as_stated(sigma, levels):
     table = law(sigma, levels)
     found = masses(table)

@@ -288,7 +288,9 @@ def test_votes_are_the_same_in_every_batch_order_thread_and_without_a_compiler(h
     threads = torch.get_num_threads()
 
     def rows(certificate):
-        return hashlib.sha256(b"".join(field.numpy().tobytes() for field in certificate)).hexdigest()
+        return hashlib.sha256(
+            b"".join(field.numpy().tobytes() for field in certificate)
+        ).hexdigest()
 
     try:
         for number in (1, 3):
