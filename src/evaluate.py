@@ -16,6 +16,7 @@ from torch import nn
 from src.certification import minimum_successes
 from src.checks import NORMS
 from src.command_line import Parser, count, number, parse, run, stem, when_interrupted
+from src.engine.lattice import LEVELS, MOST_LEVELS
 from src.files import check_target, drop_equal_copies, lock_file, set_aside, whole_file
 from src.foreign import count_classes, load_images, load_network
 from src.models import SmoothClassifier
@@ -73,7 +74,7 @@ def report_certificates(model, dataset, indices, args, output: Output) -> None:
     print(f"Certifying at sigma = {args.sigma:g}, n = {args.n:,}, alpha = {args.alpha:g}")
     path = output.rows("certificates.csv")
     rows = certify_dataset(
-        SmoothClassifier(model, args.sigma, output.facts["classes"]),
+        SmoothClassifier(model, args.sigma, output.facts["classes"], levels=args.levels),
         dataset,
         path,
         **{name: getattr(args, name) for name in ("n0", "n", "alpha", "seed", "resume")},
@@ -162,6 +163,8 @@ def option_parser():
     add("--sigma", type=number(high=10, with_high=True), help=noise)
     add("--n0", type=count(), default=100, help="noisy copies that choose the class")
     add("--n", type=count(), default=10_000, help="fresh copies that bound its probability")
+    grid = "steps of the grid per unit that images and noise are rounded to; 255: bytes"
+    add("--levels", type=count(1, MOST_LEVELS), default=LEVELS, help=grid)
     odds = "chance of a false certificate, per image"
     add("--alpha", type=number(0, 1), default=0.001, help=odds)
     add = parser.adder("output")

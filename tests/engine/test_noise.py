@@ -1,6 +1,5 @@
 """The noise: its generator, its law, its fields, and the same bits everywhere."""
 
-import hashlib
 from fractions import Fraction
 from itertools import product
 
@@ -288,9 +287,7 @@ def test_votes_are_the_same_in_every_batch_order_thread_and_without_a_compiler(h
     threads = torch.get_num_threads()
 
     def rows(certificate):
-        return hashlib.sha256(
-            b"".join(field.numpy().tobytes() for field in certificate)
-        ).hexdigest()
+        return b"".join(field.numpy().tobytes() for field in certificate)
 
     try:
         for number in (1, 3):

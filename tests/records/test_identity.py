@@ -186,19 +186,19 @@ class Noise(nn.Module):
 
 def test_the_twin_of_an_unaltered_network_stays_as_it_was():
     smooth = SmoothClassifier(ConvNN(), 0.5)
-    found = certificate_settings(smooth, data((1, 28, 28), 10), n=7)
+    found = certificate_settings(smooth, data((1, 28, 28), 10), n0=5, n=7)
     known = {"network", "model_digest", "data_digest", "sigma", "device", "num_classes"}
     assert found.keys() == known | {"precision", "form", "n"}
     assert found["network"] == smooth.base_classifier.config
     wrapped = SmoothClassifier(nn.DataParallel(smooth.base_classifier), 0.5)
-    assert certificate_settings(wrapped, data((1, 28, 28), 10), n=7) == found
+    assert certificate_settings(wrapped, data((1, 28, 28), 10), n0=5, n=7) == found
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_outputs_may_differ_by_rounding_only():
     def settings(model, **changes):
         smooth = SmoothClassifier(model, 0.5, 100)
-        return certificate_settings(smooth, data(), **changes)
+        return certificate_settings(smooth, data(), **({"n0": 5, "n": 7} | changes))
 
     model = Net()
     made = json.loads(json.dumps(settings(model)))
@@ -222,7 +222,7 @@ def test_outputs_are_asked_for_without_a_trace():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(144, 100))
     model[1].eval()
     state, before = torch.get_rng_state(), weights_digest(model.state_dict())
-    settings = certificate_settings(SmoothClassifier(model, 0.5, 100), data())
+    settings = certificate_settings(SmoothClassifier(model, 0.5, 100), data(), n0=5, n=7)
     assert torch.equal(state, torch.get_rng_state())
     assert [module.training for module in model.modules()] == [True, True, False, True]
     assert weights_digest(model.state_dict()) == before == settings["model_digest"]
