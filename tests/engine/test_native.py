@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.engine.folded import FoldedConvNN
 from src.engine.exact_native import exact_library
+from src.engine.folded import FoldedConvNN
 from src.engine.forms import form_name, voting_form
 from src.engine.native import NativeConvNN, float_library
 from src.models import ConvNN, SmoothClassifier
