@@ -22,6 +22,7 @@ from src.checkpoints import load_checkpoint, save_checkpoint, weights_digest
 from src.files import lock_file
 from src.models import ConvNN
 from src.records.rows import read_rows
+from src.records.twins import read_twin
 from src.reports.comparison import common_sigma, default_files, load_models
 from src.utils import load_image
 from tests.helpers import HERE
@@ -73,12 +74,16 @@ def test_scripts_leave_checkpoints_rows_and_figures(finished):
 
 def test_certificates_can_be_recomputed_from_their_counts(finished):
     for name in ("standard", "adversarial", "smoothed"):
-        rows = read_rows(finished / "results" / f"certificates_{name}.csv")
+        path = finished / "results" / f"certificates_{name}.csv"
+        rows, settings = read_rows(path), read_twin(path.with_suffix(".json"))["settings"]
+        assert (settings["exact"], settings["form"]) == (True, "whole numbers")
+        # What the noise costs of alpha; the images are bytes, so nothing comes off the radii.
+        assert 0 < settings["sampler_cost"] < 1e-7
+        assert settings["off_grid"] == 0
         assert [int(row["index"]) for row in rows] == list(range(0, 10_000, 1000))
         for row in rows:
-            bound = lower_confidence_bound(
-                int(row["top_count"]), int(row["n"]), float(row["alpha"])
-            )
+            alpha = float(row["alpha"]) - settings["sampler_cost"]
+            bound = lower_confidence_bound(int(row["top_count"]), int(row["n"]), alpha)
             assert float(row["p_lower"]) == bound
             assert float(row["radius"]) == certified_radius(bound, float(row["sigma"]))
             assert int(row["correct"]) == (row["prediction"] == row["label"])
@@ -197,8 +202,8 @@ def test_interrupted_certificates_go_on_without_training_again(finished, tmp_pat
         with pytest.raises(ValueError, match=f"was trained with {was}, which is not what"):
             main_random_smoothing.main(["--quick", *HERE, "--resume", other])
     # The checkpoint fits other votes, the rows do not.
-    with pytest.raises(ValueError, match="precision"):
-        main_random_smoothing.main(["--quick", *HERE, "--resume", "--precision=int16"])
+    with pytest.raises(ValueError, match="precision was exact, is float32"):
+        main_random_smoothing.main(["--quick", *HERE, "--resume", "--precision=float32"])
     assert (tmp_path / rows).read_bytes() == whole
 
 
@@ -223,8 +228,8 @@ def test_votes_that_a_device_lacks_are_refused_before_training(finished, monkeyp
     monkeypatch.chdir(finished)
     monkeypatch.setattr(main_random_smoothing.ConvNN, "inference_form", refuse)
     monkeypatch.setattr(main_random_smoothing, "train_model", lambda *_, **__: pytest.fail("late"))
-    with pytest.raises(ValueError, match="no int8 here"):
-        main_random_smoothing.main(["--quick", *HERE, "--precision=int8", "--name=other"])
+    with pytest.raises(ValueError, match="no bfloat16 here"):
+        main_random_smoothing.main(["--quick", *HERE, "--precision=bfloat16", "--name=other"])
 
 
 @pytest.mark.parametrize("process", [0, 1])

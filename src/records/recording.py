@@ -52,7 +52,8 @@ def record_certificates(
         indices: numbers of the images, in the order of the rows.
         certify: indices -> an iterator of rows with the keys `COLUMNS`.
         settings: what the rows depend on (digests of model and data, sigma, n0, n, alpha, seed,
-            ...), JSON values. A run is resumed only with equal settings.
+            ...), JSON values. A run is resumed only with equal settings. Rows of a SmoothClassifier
+            need its `sampler_cost`, and `off_grid` for images off its grid.
         facts: what else is worth knowing of the run, JSON values. A resumed run adds its facts to
             the twin under "resumed".
         labels: classes of the images, in the order of `indices`, to check resumed rows.

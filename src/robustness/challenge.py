@@ -137,10 +137,34 @@ def challenge_certificates(
         label = torch.full((restarts,), int(row["prediction"]), device=device)
         radius = torch.full((restarts,), shown_radius(row) * stretch, device=device)
         found = smoothed_attack(smooth, image, label, radius, generator=generator)
+        found, inside = on_grid(found, image[0], radius, smooth.levels)
         # A seed of its own: votes with the noise of the certificate would repeat its luck.
         classes = smooth.predict(found, n, level, seed=seed + 1)
-        broken += bool(((classes != ABSTAIN) & (classes != int(row["prediction"]))).any())
+        other = (classes != ABSTAIN) & (classes != int(row["prediction"]))
+        broken += bool((other & inside).any())
     return broken, len(certified)
+
+
+def on_grid(points: Tensor, image: Tensor, radii: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Points (B, ...) moved to the grid of 1 / levels, where votes are cast, and which stay inside.
+
+    Each is rounded to the nearest point of the grid. If that is farther than its radius from the
+    image, it is first moved a little towards the image. `inside`, (B,) on the CPU, says whether it
+    is within its radius then.
+    """
+    start, limit = image.cpu().double(), radii.cpu().double()
+    change = points.cpu().double() - start
+
+    def rounded(change: Tensor) -> tuple[Tensor, Tensor]:
+        found = ((start + change) * levels).round() / levels
+        return found, (found - start).flatten(1).norm(dim=1) <= limit
+
+    # Every pixel towards the image.
+    found, inside = rounded(change.sign() * (change.abs() - 0.5 / levels).clamp(min=0))
+    for share in (0.9, 0.97, 0.99, 0.999, 1):
+        nearest, fits = rounded(share * change)
+        found, inside = torch.where(per_image(fits), nearest, found), inside | fits
+    return found.to(points), inside
 
 
 def broken_allowed(tried: int, alpha: float) -> int:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from src.engine.quantized import INTEGERS
-from torch import nn
 
+from src.engine.exact_native import exact_library
 from src.engine.folded import FoldedConvNN
-from src.engine.forms import common_precision, form_name, voting_form
-from src.engine.native import NativeConvNN, compiled
+from src.engine.forms import form_name, voting_form
+from src.engine.native import NativeConvNN, float_library
 from src.models import ConvNN, SmoothClassifier
 
 # Where there is no compiler, the project does without these convolutions as well.
@@ -28,8 +27,6 @@ SHAPES = [
     {"channels": (16, 16)},
     {"channels": (32, 16), "thresholds": (0.4, 0.6)},
 ]
-# bfloat16 is left to torch.
-IN_C = ("float32", *INTEGERS)
 # Built for vectors of either length: the compiler makes do with what the processor has.
 CASES = [
     (lanes, options)
@@ -60,17 +57,12 @@ def images_of(count):
 
 
 @pytest.fixture(params=CASES, ids=str)
-def options_and_lanes(request):
-    return request.param
-
-
-@pytest.fixture(params=IN_C)
-def case(request, options_and_lanes):
+def case(request):
     """(the form of a network through torch, its form in C)."""
-    lanes, options = options_and_lanes
-    library = compiled(request.param, f"-DLANES={lanes}")
+    lanes, options = request.param
+    library = float_library(f"-DLANES={lanes}")
     assert library.lanes() == lanes
-    form = trained(**options).inference_form(request.param)
+    form = trained(**options).inference_form("float32")
     return form, NativeConvNN(form, library)
 
 
@@ -82,31 +74,6 @@ def test_it_is_the_function_of_the_network(case, count):
         expected = through_torch(images)
         tolerance = 1e-5 * expected.abs().max().item()
         torch.testing.assert_close(form(images), expected, rtol=1e-5, atol=tolerance)
-
-
-@pytest.mark.parametrize("precision", INTEGERS)
-def test_integers_are_the_same_to_the_bit(options_and_lanes, precision):
-    lanes, options = options_and_lanes
-    through_torch = trained(**options).inference_form(precision)
-    form = NativeConvNN(through_torch, compiled(precision, f"-DLANES={lanes}"))
-    # Noise far outside of the pixels, some of it beyond what an integer stands for.
-    images = images_of(13) + 4 * torch.randn(13, 1, 28, 28, generator=seeded(2))
-    images[0] *= 1e4
-    images[1, 0, 3, 3] = float("inf")
-    # The largest sum that there is: every pixel as far as it counts, on the side of its weight.
-    images[2, 0, 12:17, 12:17] = 100 * through_torch.kernel1[0, 0].sign()
-    features = through_torch.features(images)
-    assert features.dtype == INTEGERS[precision].dtype
-    assert features.float().std() > 5
-    # A NaN is an integer as well, whatever the processor makes of one.
-    images[5, 0, 7, 7], images[6, 0, 7, 7] = float("nan"), 0
-    features = through_torch.features(images)
-    assert torch.equal(form.features(images), features)
-    if options.get("hidden"):
-        # The largest sums of some channels, every feature as large as it may be.
-        largest = through_torch.kernel3.sign().clamp(min=0) * INTEGERS[precision].limit
-        features = torch.cat([features, largest.to(features.dtype)])
-        assert torch.equal(form.hidden(features), through_torch.hidden(features))
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch(case):
@@ -139,9 +106,10 @@ def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch
     network = trained()
     assert isinstance(voting_form(network, "float32"), NativeConvNN)
     assert form_name(network, "float32") == "batch normalisation folded, convolutions in C"
-    smooth, images = SmoothClassifier(network, 1.0), images_of(2).clamp(0, 1)
+    smooth = SmoothClassifier(network, 1.0, precision="float32")
+    images = images_of(2).clamp(0, 1)
     with_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
-    monkeypatch.setattr("src.engine.forms.compiled", lambda precision: None)
+    monkeypatch.setattr("src.engine.forms.float_library", lambda: None)
     assert not isinstance(voting_form(network, "float32"), NativeConvNN)
     assert form_name(network, "float32") == "batch normalisation folded"
     without_it = smooth.certify(images, n0=100, n=4000, alpha=0.05)
@@ -150,36 +118,10 @@ def test_votes_are_cast_by_it_and_nearly_those_of_the_folded_network(monkeypatch
     assert (with_it.top_count - without_it.top_count).abs().max() <= 1
 
 
-def test_integers_are_common_where_every_network_has_them_in_c(monkeypatch):
-    for networks in ([trained()], [trained(), trained(hidden=16), nn.DataParallel(trained())]):
-        assert common_precision(*networks) == "int8"
-    broken = trained()
-    broken.output.bias.data[0] = float("nan")
-    for other in (trained(channels=(16, 20)), trained(hidden=20), broken):
-        assert common_precision(trained(), other) == "float32"
-        assert common_precision(other) == "float32"
-    monkeypatch.setattr("src.engine.forms.compiled", lambda precision: None)
-    assert common_precision(trained()) == "float32"
-
-
-@pytest.mark.parametrize("precision", INTEGERS)
-def test_integers_cast_the_same_votes_without_a_compiler(precision, monkeypatch):
-    smooth = SmoothClassifier(trained(hidden=16), 1.0, precision=precision)
-    images, votes = images_of(2).clamp(0, 1), []
-    votes.append(smooth.certify(images, n0=100, n=2000, alpha=0.05))
-    monkeypatch.setattr("src.engine.forms.compiled", lambda precision: None)
-    with pytest.warns(UserWarning, match="slow"):
-        votes.append(smooth.certify(images, n0=100, n=2000, alpha=0.05))
-    assert all(map(torch.equal, *votes))
-    assert votes[0].top_count.min() > 500
-
-
 def test_widths_that_do_not_fill_the_vectors_are_left_to_torch():
     assert not isinstance(voting_form(trained(channels=(16, 20)), "float32"), NativeConvNN)
-    # A hidden layer is computed in C in integers only.
+    # The hidden layer is torch's product of matrices anyway.
     assert isinstance(voting_form(trained(hidden=20), "float32"), NativeConvNN)
-    with pytest.warns(UserWarning, match="slow"):
-        assert not isinstance(voting_form(trained(hidden=20), "int16"), NativeConvNN)
 
 
 def test_bfloat16_is_left_to_torch(recwarn):
@@ -199,21 +141,27 @@ def test_images_elsewhere_than_on_the_cpu_are_refused():
         form(torch.zeros(2, 1, 28, 28, device="meta"))
 
 
+LIBRARIES = float_library, exact_library
+
+
 @pytest.fixture
 def fresh():
     """Whatever the test makes of the compiler is forgotten afterwards."""
-    compiled.cache_clear()
+    for library in LIBRARIES:
+        library.cache_clear()
     yield
-    compiled.cache_clear()
+    for library in LIBRARIES:
+        library.cache_clear()
 
 
 # No such program, one that fails, a shell's half word, and no vectors.
 @pytest.mark.parametrize("compiler", ["none-such", "false", '"', f"{COMPILER} -D__attribute__(x)="])
 def test_without_a_good_compiler_there_is_no_library(compiler, fresh, monkeypatch):
-    assert compiled("float32") is not None
-    compiled.cache_clear()
+    for library in LIBRARIES:
+        assert library() is not None
+        library.cache_clear()
     monkeypatch.setenv("CC", compiler)
-    assert compiled("float32") is None
+    assert [library() for library in LIBRARIES] == [None, None]
     assert not isinstance(voting_form(trained(), "float32"), NativeConvNN)
 
 
@@ -224,7 +172,7 @@ def test_a_compiler_that_hangs_is_given_up_once_with_its_children(fresh, monkeyp
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setattr("src.engine.native.COMPILER_SECONDS", 0.5)
     start = time.monotonic()
-    assert [compiled(precision) for precision in IN_C] == [None] * len(IN_C)
+    assert [library() for library in LIBRARIES] == [None, None]
     assert time.monotonic() - start < 5
     (child,) = started.read_text().split()
     # A moment later it has ended, or is a zombie that waits for its new parent.

@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from src.engine.quantized import INTEGERS
 
 from src.engine.folded import FoldedConvNN
 from src.engine.forms import attacked_form
-from src.engine.native import compiled
+from src.engine.native import float_library
 from src.engine.native_gradient import AttackedConvNN
 from src.engine.parts import apply_thresholds
 from src.engine.untouched import evaluation_form
@@ -35,7 +34,7 @@ def case(request):
     """(a network in float64, as a function, and its form in C)."""
     lanes, options = request.param
     network = trained(**options)
-    form = AttackedConvNN(network.inference_form(), compiled("float32", f"-DLANES={lanes}"))
+    form = AttackedConvNN(network.inference_form(), float_library(f"-DLANES={lanes}"))
     return exact(network.double()), form
 
 
@@ -126,10 +125,10 @@ def test_it_is_taken_where_it_can_be(monkeypatch):
     rounded = attacked_form(ConvNN(), "bfloat16")
     assert isinstance(rounded, FoldedConvNN)
     assert rounded.dtype == torch.bfloat16
-    for integers in INTEGERS:
-        with pytest.raises(ValueError, match="'precision'"):
-            attacked_form(ConvNN(), integers)
-    monkeypatch.setattr("src.engine.forms.compiled", lambda precision: None)
+    # Whole numbers have no gradient.
+    with pytest.raises(ValueError, match="'precision'"):
+        attacked_form(ConvNN(), "exact")
+    monkeypatch.setattr("src.engine.forms.float_library", lambda: None)
     assert isinstance(attacked_form(ConvNN(), "float32"), FoldedConvNN)
 
 

@@ -188,7 +188,8 @@ def test_the_twin_of_an_unaltered_network_stays_as_it_was():
     smooth = SmoothClassifier(ConvNN(), 0.5)
     found = certificate_settings(smooth, data((1, 28, 28), 10), n0=5, n=7)
     known = {"network", "model_digest", "data_digest", "sigma", "device", "num_classes"}
-    assert found.keys() == known | {"precision", "form", "n"}
+    added = {"exact", "levels", "off_grid", "sampler_cost"}
+    assert found.keys() == known | added | {"precision", "form", "n0", "n"}
     assert found["network"] == smooth.base_classifier.config
     wrapped = SmoothClassifier(nn.DataParallel(smooth.base_classifier), 0.5)
     assert certificate_settings(wrapped, data((1, 28, 28), 10), n0=5, n=7) == found

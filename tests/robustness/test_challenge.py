@@ -5,8 +5,14 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from src.engine.noise import to_grid
 from src.models import SmoothClassifier
-from src.robustness.challenge import broken_allowed, challenge_certificates, smoothed_attack
+from src.robustness.challenge import (
+    broken_allowed,
+    challenge_certificates,
+    on_grid,
+    smoothed_attack,
+)
 from src.training_and_evaluation import evaluate_robustness
 
 
@@ -27,10 +33,10 @@ class HalfSpace(nn.Module):
 
 @pytest.fixture(scope="module")
 def certified():
-    """Grey images whose exact radius is the margin, 0.2 to 0.7, and their rows."""
-    images = torch.full((6, 1, 28, 28), 0.5)
-    images.flatten(1)[:, :64] += torch.linspace(0.2, 0.7, 6)[:, None] / 8
-    smooth = SmoothClassifier(HalfSpace(4.0), 0.5, num_classes=2)
+    """Grey images of bytes whose exact radius is the margin, 0.22 to 0.69, and their rows."""
+    images = torch.full((6, 1, 28, 28), 128 / 255)
+    images.flatten(1)[:, :64] += torch.arange(7, 23, 3)[:, None] / 255
+    smooth = SmoothClassifier(HalfSpace(8 * 128 / 255), 0.5, num_classes=2)
     dataset = TensorDataset(images, torch.zeros(6, dtype=torch.int64))
     return smooth, dataset, list(evaluate_robustness(smooth, dataset, n=20_000, progress=False))
 
@@ -42,8 +48,41 @@ def test_sound_certificates_are_not_broken(certified):
 
 def test_radii_stretched_by_half_are_broken(certified):
     # The smoothed half-space changes exactly at the margin, so every stretched ball is wrong.
-    broken, tried = challenge_certificates(*certified, images=6, stretch=1.5, progress=False)
+    options = {"images": 6, "n": 20_000, "stretch": 1.5, "progress": False}
+    broken, tried = challenge_certificates(*certified, **options)
     assert (broken, tried) == (6, 6)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.4])
+@pytest.mark.parametrize("levels", [255, 510])
+def test_the_points_that_are_voted_on_lie_in_the_ball(off, levels):
+    # PREDICT moves a point to the grid, and might move it out of the ball.
+    generator = torch.Generator().manual_seed(0)
+    image = (torch.randint(256, (1, 28, 28), generator=generator) + off) / 256
+    radii = torch.linspace(0.02, 2, 200)
+    change = torch.randn(200, 1, 28, 28, generator=generator)
+    points = (image + change * (radii / change.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)).clamp(
+        0, 1
+    )
+    found, inside = on_grid(points, image, radii, levels)
+    steps, moved = to_grid(found, levels)
+    assert moved == [0.0] * 200
+    length = (steps.double() / levels - image.double()).flatten(1).norm(dim=1)
+    assert (length <= radii.double())[inside].all()
+    assert inside[radii > 0.1].all()
+    # Hardly anything is lost of the way, and no pixel moves by more than half a step where the
+    # nearest point is in the ball.
+    before = (points - image).flatten(1).norm(dim=1)
+    assert (length > 0.98 * before)[radii > 0.5].all()
+    pixels = (found.double() - points.double()).abs().flatten(1).amax(1) * levels
+    nearest = (points.double() * levels).round() / levels
+    stays = (nearest - image.double()).flatten(1).norm(dim=1) <= radii
+    assert 0 < stays.sum() < 200
+    assert pixels[stays].max() < 0.501
+    # An image on the grid is never too far from a point on it.
+    grey = torch.full((1, 28, 28), 77 / 255)
+    points = (grey + 0.01 * change).clamp(0, 1)
+    assert on_grid(points, grey, (points - grey).flatten(1).norm(dim=1) * (1 + 1e-6), 255)[1].all()
 
 
 def test_attack_stays_in_ball_and_box_and_reaches_the_boundary(certified):
