@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from src.checks import NORMS
+from src.engine.parts import members_of
 from src.engine.untouched import alteration
 from src.files import whole_file
-from src.models import ConvNN
+from src.models import ConvNN, Ensemble
 from src.utils import add_to_digest
 
 # The facts that scripts rely on: their types, and the least value of numbers.
@@ -28,28 +29,30 @@ _LEAST = {"sigma": math.ulp(0.0), "epsilon": 0, "seconds": 0, "seed": 0, "thread
 _FORMAT = "ConvNN checkpoint 2"
 
 
-def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
+def save_checkpoint(path: str | os.PathLike, model: ConvNN | Ensemble, **facts) -> Path:
     """Write the weights, the arguments of the network, `facts` and a digest; return `path`.
 
     Args:
         path: file to write, whole or not at all.
-        model: the network.
+        model: the network. Of an Ensemble the `facts` of its members are kept too, as `members`.
         facts: how it was trained (seed, sigma, options, ...), JSON values.
 
     Raises:
-        ValueError: if `model` is not a ConvNN or was altered after it was made, or if a fact has
-            another type than its name demands.
+        ValueError: if `model` is no ConvNN or Ensemble or was altered after it was made, or if a
+            fact has another type than its name demands.
         TypeError: if `facts` cannot be written as JSON.
         OSError: if the file cannot be written.
     """
-    if not isinstance(model, ConvNN):
+    if not isinstance(model, ConvNN | Ensemble):
         raise ValueError(f"'model' is a {type(model).__name__}; save its ConvNN.")
     if reason := _lost(model):
         raise ValueError(f"'model' cannot be kept in a checkpoint: {reason}; save a plain ConvNN.")
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if isinstance(model, Ensemble):
+        facts["members"] = [getattr(member, "facts", {}) for member in model.networks]
     # Through JSON, which leaves the plain values that a safe reader accepts.
     facts = json.loads(json.dumps(facts))
-    if wrong := _wrong_fact(facts):
+    if wrong := _wrong_fact(facts, model):
         raise ValueError(
             f"The fact '{wrong}' has a value of a wrong kind, which no reader accepts."
         )
@@ -64,8 +67,12 @@ def save_checkpoint(path: str | os.PathLike, model: ConvNN, **facts) -> Path:
     return Path(path)
 
 
-def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu") -> ConvNN:
+def load_checkpoint(
+    path: str | os.PathLike, device: str | torch.device = "cpu"
+) -> ConvNN | Ensemble:
     """The network of a checkpoint, in evaluation mode, with its facts as `model.facts`.
+
+    The members of an Ensemble have theirs too.
 
     Reads only tensors and plain values (`weights_only=True`), so no code in the file runs.
     Weights, config and facts must match the stored digest.
@@ -73,7 +80,7 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if the file cannot be read.
-        ValueError: if the file is not a whole, unaltered checkpoint of a ConvNN.
+        ValueError: if the file is not a whole, unaltered checkpoint of a ConvNN or Ensemble.
     """
     content = _read(Path(path))
     try:
@@ -86,33 +93,56 @@ def load_checkpoint(path: str | os.PathLike, device: str | torch.device = "cpu")
     try:
         # First without memory: an absurd description may ask for too much of it.
         with torch.device("meta"):
-            described = ConvNN(**content["config"]).state_dict()
+            described = _made(content["config"]).state_dict()
         if _layout(described) != _layout(content["weights"]):
             raise ValueError
-        model = ConvNN(**content["config"])
+        model = _made(content["config"])
         model.load_state_dict(content["weights"])
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"{path} holds another architecture than its description {content['config']}."
         ) from None
-    if wrong := _wrong_fact(content["facts"]):
+    if wrong := _wrong_fact(content["facts"], model):
         raise ValueError(f"{path} is damaged: its fact '{wrong}' has a value of another kind.")
     model.facts = content["facts"]
+    if isinstance(model, Ensemble):
+        for member, facts in zip(model.networks, model.facts["members"], strict=True):
+            member.facts = facts
     return model.to(device).eval()
 
 
-def _lost(model: ConvNN) -> str:
+def _made(config: dict) -> ConvNN | Ensemble:
+    """The network that a config describes; only that of an Ensemble has `networks`."""
+    return (Ensemble if "networks" in config else ConvNN)(**config)
+
+
+def _lost(model: ConvNN | Ensemble) -> str:
     """What a checkpoint would lose of the network, in words; "" if nothing."""
-    if type(model) is not ConvNN:
+    if type(model) not in (ConvNN, Ensemble):
         return f"it is a {type(model).__name__}"
     if reason := alteration(model):
         return reason
-    now, before = model.thresholds, model.config.get("thresholds")
-    return "" if (now and list(now)) == before else "its thresholds were set after it was made"
+    for member in members_of(model):
+        now, before = member.thresholds, member.config.get("thresholds")
+        if (now and list(now)) != before:
+            return "its thresholds were set after it was made"
+    return ""
 
 
-def _wrong_fact(facts: dict) -> str:
-    """The name of a fact with a value of the wrong kind; "" if there is none."""
+def _wrong_fact(facts: dict, model: ConvNN | Ensemble) -> str:
+    """The name of a fact of `model` with a value of the wrong kind; "" if there is none."""
+    wrong = _wrong_value(facts)
+    if wrong or isinstance(model, ConvNN):
+        return wrong
+    members = facts.get("members")
+    if not isinstance(members, list) or not all(isinstance(of, dict) for of in members):
+        return "members"
+    wrong = "members" if len(members) != len(model.networks) else ""
+    return next(filter(None, map(_wrong_value, members)), wrong)
+
+
+def _wrong_value(facts: dict) -> str:
+    """The name of a fact of one network with a value of the wrong kind; "" if there is none."""
     for name in filter(facts.__contains__, _TYPES):
         value, least = facts[name], _LEAST.get(name)
         valid = isinstance(value, _TYPES[name]) and not isinstance(value, bool)

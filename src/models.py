@@ -1,7 +1,7 @@
-"""The network `ConvNN`, and the classifier that smooths a network with Gaussian noise."""
+"""The network `ConvNN`, several of them as one, and smoothing with Gaussian noise."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from src.checks import ask, check_count, check_images, check_number, check_shape
 from src.engine import forms
 from src.engine.lattice import LEVELS
 from src.engine.noise import Noise, check_levels, check_numbers, sampler_cost, to_grid
-from src.engine.parts import apply_thresholds, check_precision
+from src.engine.parts import apply_thresholds, check_precision, mean_logits
 from src.engine.untouched import alteration, are_thresholds, has_hooks, unwrapped
 from src.engine.votes import NoisyImage, Workers
 from src.ranges import check_open_unit
@@ -114,6 +114,57 @@ class ConvNN(nn.Module):
         return forms.attacked_form(self, precision)
 
 
+class Ensemble(nn.Module):
+    """Several ConvNNs as one: the mean of their logits (Horvath et al., ICLR 2022).
+
+    Under noise, members trained from other seeds err on other copies, so their mean votes more
+    often for the right class. It takes as long as all its members one after the other. Like a
+    ConvNN it is attacked, saved, and certified in whole numbers.
+
+    Args:
+        networks: the members, which are not copied, or the arguments that make each. Their widths
+            and thresholds may differ.
+
+    Raises:
+        ValueError: if there is no member, one is no ConvNN, or their numbers of classes differ.
+    """
+
+    def __init__(self, networks: Sequence[ConvNN | Mapping]):
+        super().__init__()
+        members = [ConvNN(**n) if isinstance(n, Mapping) else n for n in networks]
+        for member in members:
+            if not isinstance(member, ConvNN):
+                raise ValueError(f"'networks' must hold ConvNNs, no {type(member).__name__}.")
+        classes = sorted({member.config["num_classes"] for member in members})
+        if len(classes) != 1:
+            found = f"have {' and '.join(map(str, classes))} classes" if classes else "are none"
+            raise ValueError(f"'networks' {found}; give ConvNNs of the same number of classes.")
+        self.networks = nn.ModuleList(members)
+
+    @property
+    def config(self) -> dict:
+        """The argument that makes such an ensemble, as plain values."""
+        return {"networks": [network.config for network in self.networks]}
+
+    @property
+    def thresholds(self) -> tuple[float, float] | None:
+        """The thresholds of the members if all have the same, else None."""
+        found = {network.thresholds and tuple(network.thresholds) for network in self.networks}
+        return found.pop() if len(found) == 1 else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 1, 28, 28); ValueError for another shape."""
+        return mean_logits(self.networks, images)
+
+    def inference_form(self, precision: str = "float32") -> nn.Module:
+        """A faster copy for evaluation only; see `ConvNN.inference_form`."""
+        return forms.inference_form(self, precision)
+
+    def attacked_form(self, precision: str) -> nn.Module:
+        """The fastest form that passes gradients to the images; `evaluation_form` asks for it."""
+        return forms.attacked_form(self, precision)
+
+
 class Certificate(NamedTuple):
     """What `certify` returns: one entry per image, on the CPU."""
 
@@ -165,7 +216,8 @@ class SmoothClassifier(nn.Module):
         precision: "exact", "float32" or "bfloat16", in which f votes. The rounded network is the f
             that is certified. In "exact" it is one function on every machine (`ExactConvNN`); in
             floats, rounding may depend on machine and batch, which no certificate covers. All but
-            float32 need an unaltered ConvNN. None: exact for such a network on a CPU, else float32.
+            float32 need an unaltered ConvNN, or an Ensemble of such. None: exact for such a network
+            on a CPU, else float32.
         levels: steps of the grid per unit, for floats: 255, or up to 4,080 for images that are not
             of bytes. Radii lose the distance from an image to the grid.
 
@@ -460,7 +512,8 @@ class SmoothClassifier(nn.Module):
             check_count("batch_size", batch_size)
         check_images(images, dims=(3, 4))
         network = unwrapped(self.base_classifier)
-        takes_28x28 = type(network).forward is ConvNN.forward and not has_hooks(network)
+        own = type(network).forward in (ConvNN.forward, Ensemble.forward)
+        takes_28x28 = own and not has_hooks(network)
         if takes_28x28 and images.shape[-3:] != (1, 28, 28):
             raise ValueError(
                 f"'images' has shape {tuple(images.shape)}; expected (B, 1, 28, 28) or (1, 28, 28)."

@@ -1,4 +1,5 @@
-/* Votes of a ConvNN in integers, from the key of the noise to the counts, for a CPU.
+/* Votes of a ConvNN, or of several with their logits added, in integers, from the key of the noise to
+   the counts, for a CPU.
 
    Everything is a whole number, but for the scale between two layers: there a sum below 2^24, which a
    float holds exactly, is multiplied once and rounded to the nearest whole number, ties to even. IEEE
@@ -175,7 +176,7 @@ struct pixels { int32_t low, high, factor, shift, zero; };
 struct network {
     struct pixels pixels;
     struct layer first, second, hidden, output; /* hidden.width is 0 if there is no such layer */
-    int32_t classes;
+    int32_t classes, multiplier; /* by which the logits are multiplied before they are added */
 };
 
 INLINE void store_bytes(uint8_t *to, ints values)
@@ -427,20 +428,20 @@ static void put_logits(const int16_t *in, int places, int width, const struct la
     }
 }
 
-/* Bytes that the functions below need as scratch. */
-size_t scratch_size(const struct network *network)
+/* Bytes that `logits_of` needs as scratch. */
+static size_t features_size(const struct network *network)
 {
     size_t second = 2 * QUARTER * QUARTER * network->second.width, hidden = 2 * network->hidden.width;
     size_t first = HALF * HALF * network->first.width, logits = 4 * network->output.width;
-    return BATCH * (IMAGE + first + second + hidden + logits) + 64;
+    return BATCH * (first + second + hidden + logits) + 64;
 }
 
-/* Logits (BATCH, output.width) of the padded images at the beginning of `scratch`, which lie in it. */
-static const int32_t *logits_of(const struct network *network, char *scratch)
+/* Logits (BATCH, output.width), which lie in `scratch`, of padded images (BATCH, IMAGE). */
+static const int32_t *logits_of(const struct network *network, const uint8_t *images, char *scratch)
 {
     const struct layer *first = &network->first, *second = &network->second;
     int hidden = network->hidden.width, places = hidden ? 1 : QUARTER * QUARTER;
-    uint8_t *images = (uint8_t *)scratch, *middle = images + BATCH * IMAGE;
+    uint8_t *middle = (uint8_t *)scratch;
     void *features = middle + (size_t)BATCH * HALF * HALF * first->width;
     int16_t *last = (int16_t *)features + (hidden ? BATCH * QUARTER * QUARTER * second->width : 0);
     int32_t *logits = (int32_t *)(last + (size_t)BATCH * places * (hidden ? hidden : second->width));
@@ -465,7 +466,7 @@ static const int32_t *logits_of(const struct network *network, char *scratch)
 }
 
 /* The first of the largest logits of every copy: `classes` (count,). */
-static void decide(const struct network *network, const int32_t *logits, int count, int32_t *classes)
+static void decide(const struct network *network, const int64_t *logits, int count, int32_t *classes)
 {
     for (int p = 0; p < count; p++, logits += network->output.width) {
         classes[p] = 0;
@@ -475,35 +476,72 @@ static void decide(const struct network *network, const int32_t *logits, int cou
     }
 }
 
-static void clear_images(const struct network *network, char *scratch)
+/* Several networks are the `members` of an ensemble, and one network is its only member. The functions
+   below need so many bytes as scratch: for padded images (members, BATCH, IMAGE), sums of logits (BATCH,
+   output.width), and what `logits_of` needs. */
+size_t scratch_size(const struct network *networks, int32_t members)
 {
-    memset(scratch, network->pixels.zero, BATCH * IMAGE);
+    size_t features = 0;
+    for (int m = 0; m < members; m++)
+        if (features < features_size(networks + m))
+            features = features_size(networks + m);
+    return BATCH * ((size_t)members * IMAGE + sizeof(int64_t) * networks->output.width) + features;
 }
 
-/* Logits of `images` (n, 784), in whole steps within the limit: `out` (n, output.width). */
-void forward(const int32_t *images, int32_t n, const struct network *network, char *scratch, int32_t *out)
+static void clear_images(const struct network *networks, int32_t members, char *scratch)
 {
-    const size_t width = network->output.width;
-    clear_images(network, scratch);
+    for (int m = 0; m < members; m++)
+        memset(scratch + (size_t)m * BATCH * IMAGE, networks[m].pixels.zero, BATCH * IMAGE);
+}
+
+/* Copy number p of a batch, for every member. */
+static void put_copy(
+    const struct network *networks, int32_t members, const int32_t *steps, int p, char *scratch)
+{
+    for (int m = 0; m < members; m++)
+        put_pixels(&networks[m].pixels, steps, (uint8_t *)scratch + ((size_t)m * BATCH + p) * IMAGE);
+}
+
+/* Sums of the logits (BATCH, output.width) of the copies that `put_copy` put, which lie in `scratch`. */
+static const int64_t *sums_of(const struct network *networks, int32_t members, char *scratch)
+{
+    const size_t count = BATCH * networks->output.width;
+    int64_t *sums = (int64_t *)(scratch + (size_t)members * BATCH * IMAGE);
+    memset(sums, 0, sizeof(int64_t) * count);
+    for (int m = 0; m < members; m++) {
+        const uint8_t *images = (const uint8_t *)scratch + (size_t)m * BATCH * IMAGE;
+        const int32_t *logits = logits_of(networks + m, images, (char *)(sums + count));
+        for (size_t i = 0; i < count; i++)
+            sums[i] += (int64_t)logits[i] * networks[m].multiplier;
+    }
+    return sums;
+}
+
+/* Sums of the logits of `images` (n, 784), in whole steps within the limit: `out` (n, output.width). */
+void forward(const int32_t *images, int32_t n, const struct network *networks, int32_t members,
+             char *scratch, int64_t *out)
+{
+    const size_t width = networks->output.width;
+    clear_images(networks, members, scratch);
     int32_t steps[SIDE * SIDE + LANES] = {0};
     for (int32_t start = 0; start < n; start += BATCH) {
         int count = n - start < BATCH ? n - start : BATCH;
         for (int p = 0; p < count; p++) {
             memcpy(steps, images + (size_t)(start + p) * SIDE * SIDE, sizeof(int32_t) * SIDE * SIDE);
-            put_pixels(&network->pixels, steps, (uint8_t *)scratch + p * IMAGE);
+            put_copy(networks, members, steps, p, scratch);
         }
-        memcpy(out + start * width, logits_of(network, scratch), sizeof(int32_t) * count * width);
+        memcpy(out + start * width, sums_of(networks, members, scratch), sizeof(int64_t) * count * width);
     }
 }
 
 /* Adds the votes on the noisy copies `first` to `first` + n - 1 to `counts` (classes,). `image` (832,)
    are whole steps, filled up. */
 void votes(const int32_t *image, const struct draw *draw, const struct law *law, uint32_t first, uint32_t n,
-           const struct network *network, char *scratch, int64_t *counts)
+           const struct network *networks, int32_t members, char *scratch, int64_t *counts)
 {
     enum { GROUPS = (SIDE * SIDE + GROUP - 1) / GROUP };
     int32_t steps[GROUPS * GROUP], classes[BATCH];
-    clear_images(network, scratch);
+    clear_images(networks, members, scratch);
     for (uint32_t start = 0; start < n; start += BATCH) {
         int count = n - start < BATCH ? n - start : BATCH;
         for (int p = 0; p < count; p++) {
@@ -511,9 +549,9 @@ void votes(const int32_t *image, const struct draw *draw, const struct law *law,
                 draw_group(draw, law, g * GROUP / 4, first + start + p, steps + g * GROUP);
             for (int i = 0; i < GROUPS * GROUP; i += LANES)
                 *(ints *)(steps + i) += *(const ints *)(image + i);
-            put_pixels(&network->pixels, steps, (uint8_t *)scratch + p * IMAGE);
+            put_copy(networks, members, steps, p, scratch);
         }
-        decide(network, logits_of(network, scratch), count, classes);
+        decide(networks, sums_of(networks, members, scratch), count, classes);
         for (int p = 0; p < count; p++)
             counts[classes[p]]++;
     }

@@ -1,5 +1,7 @@
 """ConvNN in whole numbers from the first layer to the last: one function on every machine."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,40 @@ PLACES = 49
 # `exact.c` adds products in 16 bits where a processor has no dot products: neighbours in the first
 # layer, groups of eight later.
 GROUP_LIMIT = 2**15 - 1
+# Bits of the whole numbers that bring the logits of several networks to one scale.
+MULTIPLIER_BITS = 20
 
 
-class ExactConvNN(nn.Module):
+class WholeLogits(nn.Module):
+    """A form that decides in whole numbers: in `logits`, of which `unit` stand for 1."""
+
+    num_classes: int
+    unit: float
+
+    def logits(self, steps: Tensor) -> Tensor:
+        """Whole logits (B, num_classes), float64 or int64, of images (B, 1, 28, 28) in steps."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float64 (B, num_classes), of images (B, 1, 28, 28) moved to the grid.
+
+        They are whole numbers divided by one constant, so equal ones stay equal. NaN for an image
+        with a NaN.
+        """
+        check_shape(images)
+        unknown = images.flatten(1).isnan().any(1)[:, None]
+        steps = (images.double().nan_to_num(0) * LEVELS).round().clamp(-LIMIT, LIMIT)
+        return (self.logits(steps).double() / self.unit).masked_fill(unknown, torch.nan)
+
+    def classes(self, steps: Tensor) -> Tensor:
+        """The class of images (B, 1, 28, 28) in steps: int64 (B,); of equal logits the first."""
+        logits = self.logits(steps)
+        # argmax may choose any of several.
+        first = torch.arange(self.num_classes, 0, -1, device=logits.device)
+        return ((logits == logits.amax(1, keepdim=True)) * first).argmax(1)
+
+
+class ExactConvNN(WholeLogits):
     """A ConvNN for evaluation in whole numbers, decided in whole numbers.
 
     Weights have 8 bits, those of the output 16. Every channel has a scale of its own, the largest
@@ -78,20 +111,8 @@ class ExactConvNN(nn.Module):
         names = ("kernel", "bias", "scale")[: 2 if number == self.layers else 3]
         return tuple(getattr(self, f"{name}{number}") for name in names)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, float64 (B, num_classes), of images (B, 1, 28, 28) moved to the grid.
-
-        They are whole numbers divided by one constant, so equal ones stay equal. NaN for an image
-        with a NaN.
-        """
-        check_shape(images)
-        unknown = images.flatten(1).isnan().any(1)[:, None]
-        steps = (images.double().nan_to_num(0) * LEVELS).round().clamp(-LIMIT, LIMIT)
-        return (self.logits(steps) / self.unit).masked_fill(unknown, torch.nan)
-
     @torch.no_grad()
     def logits(self, steps: Tensor) -> Tensor:
-        """Whole logits, float64 (B, num_classes), of images (B, 1, 28, 28) in steps of the grid."""
         low, high, factor, shift, zero = self.pixels
         scaled = steps.clamp(low, high).long() * factor + shift
         values = (scaled >> 16).clamp(0, PIXEL_MOST).float() - zero
@@ -113,12 +134,36 @@ class ExactConvNN(nn.Module):
         shape = (-1, *[1] * (sums.dim() - 2))
         return ((sums + bias.view(shape)) * scale.view(shape)).clamp(0, most).round()
 
-    def classes(self, steps: Tensor) -> Tensor:
-        """The class of images (B, 1, 28, 28) in steps: int64 (B,); of equal logits the first."""
-        logits = self.logits(steps)
-        # argmax may choose any of several.
-        first = torch.arange(self.num_classes, 0, -1, device=logits.device)
-        return ((logits == logits.amax(1, keepdim=True)) * first).argmax(1)
+
+class ExactEnsemble(WholeLogits):
+    """The mean of the logits of several ConvNNs, for evaluation in whole numbers.
+
+    What stands for 1 differs between the whole logits of the members. Whole numbers, by which they
+    are multiplied, bring them to one scale, up to half a millionth of the largest logit that any
+    member can have. Then they are added in 64 bits. So a noisy image has the same class on every
+    machine here too. `exact.c` computes the same, faster.
+
+    Args:
+        networks: ConvNNs with the same number of classes.
+
+    Raises:
+        ValueError: as for `ExactConvNN`, and for more members than 64 bits have room for.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        if len(networks) > 2 ** (63 - 31 - MULTIPLIER_BITS):
+            raise ValueError(f"{len(networks):,} networks are too many for 'exact'.")
+        self.members = nn.ModuleList(map(ExactConvNN, networks))
+        self.num_classes = self.members[0].num_classes
+        # The coarsest member has the largest multiplier.
+        least, most = min(member.unit for member in self.members), 2**MULTIPLIER_BITS
+        self.multipliers = [round(most * (least / member.unit)) for member in self.members]
+        self.unit = most * least * len(self.members)
+
+    def logits(self, steps: Tensor) -> Tensor:
+        pairs = zip(self.multipliers, self.members, strict=True)
+        return sum(times * member.logits(steps).long() for times, member in pairs)
 
 
 def is_finite(network: nn.Module) -> bool:

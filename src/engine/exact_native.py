@@ -40,7 +40,7 @@ class _Layer(ctypes.Structure):
 class _Network(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("low", "high", "factor", "shift", "zero")]
     _fields_ += [(name, _Layer) for name in ("first", "second", "hidden", "output")]
-    _fields_ += [("classes", ctypes.c_int32)]
+    _fields_ += [("classes", ctypes.c_int32), ("multiplier", ctypes.c_int32)]
 
 
 @functools.cache
@@ -53,9 +53,10 @@ def exact_library(*flags: str) -> ctypes.CDLL | None:
     pointer, number, unsigned = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
     copies = [pointer, pointer, unsigned, unsigned]
     library.noisy.argtypes = [pointer, unsigned, number, *copies, pointer]
-    library.scratch_size.argtypes, library.scratch_size.restype = [pointer], ctypes.c_size_t
-    library.forward.argtypes = [pointer, number, pointer, pointer, pointer]
-    library.votes.argtypes = [pointer, *copies, pointer, pointer, pointer]
+    networks = [pointer, number]
+    library.scratch_size.argtypes, library.scratch_size.restype = networks, ctypes.c_size_t
+    library.forward.argtypes = [pointer, number, *networks, pointer, pointer]
+    library.votes.argtypes = [pointer, *copies, *networks, pointer, pointer]
     if _answers(library) == ANSWERS:
         return library
     warnings.warn(
@@ -78,20 +79,29 @@ def draw_copies(
 
 
 class NativeExact:
-    """An ExactConvNN on the CPU in the order in which `exact.c` reads its numbers.
+    """An ExactConvNN or ExactEnsemble on the CPU in the order in which `exact.c` reads its numbers.
 
     Its methods may run in several threads at once; other Python threads run meanwhile.
     """
 
     def __init__(self, form, library: ctypes.CDLL):
         self.library, self.classes, self.tensors = library, form.num_classes, []
+        members, multipliers = getattr(form, "members", [form]), getattr(form, "multipliers", [1])
+        members = list(map(self._member, members, multipliers))
+        # The output, filled up.
+        self.width = members[0].output.width
+        self.networks = (_Network * len(members))(*members)
+        self.scratch_size = library.scratch_size(self.networks, len(members))
+
+    def _member(self, form, multiplier: int) -> _Network:
+        """An ExactConvNN as C reads it."""
         layers, width = [], 1
         for number in range(1, form.layers + 1):
             kernel, bias, *scale = form.layer(number)
             if number == 1:
                 # Here bytes count from `zero`.
                 bias = bias - form.pixels[-1] * kernel.sum((1, 2), dtype=torch.int32)
-            kernel, fill = _in_reading_order(kernel, width, library.lanes()), -len(bias) % STEP
+            kernel, fill = _in_reading_order(kernel, width, self.library.lanes()), -len(bias) % STEP
             # The output has no scale, and none is read; its biases will do.
             values = [kernel, *(F.pad(v, (0, fill)) for v in (bias, *(scale or [bias])))]
             width = len(bias) + fill
@@ -99,28 +109,28 @@ class NativeExact:
             # The pointers are valid only as long as the tensors live.
             self.tensors += values
         hidden = layers[2] if len(layers) == 4 else _Layer()
-        of = *form.pixels, layers[0], layers[1], hidden, layers[-1], self.classes
-        self.width, self.struct = width, _Network(*of)
-        self.scratch_size = library.scratch_size(ctypes.byref(self.struct))
+        return _Network(
+            *form.pixels, layers[0], layers[1], hidden, layers[-1], self.classes, multiplier
+        )
 
     def logits(self, steps: Tensor) -> Tensor:
-        """Whole logits, int32 (B, num_classes), of images (B, 1, 28, 28) in whole steps."""
+        """Whole logits, int64 (B, num_classes), of images (B, 1, 28, 28) in whole steps."""
         steps = steps.clamp(-LIMIT, LIMIT).int().contiguous()
-        out = torch.empty((len(steps), self.width), dtype=torch.int32)
-        self.library.forward(steps.data_ptr(), len(steps), *self._network(), out.data_ptr())
+        out = torch.empty((len(steps), self.width), dtype=torch.int64)
+        self.library.forward(steps.data_ptr(), len(steps), *self._networks(), out.data_ptr())
         return out[:, : self.classes]
 
     def votes(self, steps: Tensor, noise, stage: int, first: int, count: int) -> np.ndarray:
         """Votes, int64 (num_classes,), on the copies that `draw_copies` returns."""
         counts, image = np.zeros(self.classes, np.int64), _filled_up(steps)
         copies = *_copies(noise, stage), first, count
-        self.library.votes(image.data_ptr(), *copies, *self._network(), counts.ctypes.data)
+        self.library.votes(image.data_ptr(), *copies, *self._networks(), counts.ctypes.data)
         return counts
 
-    def _network(self) -> tuple:
-        """The network and scratch memory, which is new for every call."""
+    def _networks(self) -> tuple:
+        """The networks, their number, and scratch memory, which is new for every call."""
         scratch = np.empty(self.scratch_size, np.uint8)
-        return ctypes.byref(self.struct), scratch.ctypes.data_as(ctypes.c_void_p)
+        return self.networks, len(self.networks), scratch.ctypes.data_as(ctypes.c_void_p)
 
 
 def _copies(noise, stage: int) -> tuple:
@@ -163,7 +173,7 @@ def _answers(library: ctypes.CDLL) -> str:
     digest = hashlib.sha256(images.numpy().tobytes())
     for hidden in (None, 16):
         network = NativeExact(_made_up_network(hidden), library)
-        digest.update(network.logits(images).numpy().tobytes())
+        digest.update(network.logits(images).int().numpy().tobytes())
         digest.update(network.votes(steps, noise, 1, 0, 100).tobytes())
     return digest.hexdigest()
 

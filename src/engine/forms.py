@@ -1,49 +1,73 @@
 """The forms in which a ConvNN is evaluated, attacked and votes: the same function, faster.
 
 A form is made only of a network that was not altered since it was made (`untouched.py`). Nothing
-here knows the class ConvNN: any network with the same layers under the same names will do.
+here knows the class ConvNN: any network with the same layers under the same names will do, and any
+ensemble that holds such `networks`, whose form is made of theirs.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from src.checks import check_function, evaluation_mode
-from src.engine.exact import ExactConvNN
+from src.engine.exact import ExactConvNN, ExactEnsemble, WholeLogits
 from src.engine.exact_native import NativeExact, exact_library
 from src.engine.folded import FoldedConvNN
 from src.engine.native import NativeConvNN, float_library
 from src.engine.native_gradient import AttackedConvNN
-from src.engine.parts import check_precision
+from src.engine.parts import MeanForm, check_precision, members_of
 from src.engine.untouched import agrees, alteration, is_untouched, unwrapped
 from src.engine.votes import IN_TURN, Cast, Workers, exact_cast, float_cast, single_threaded_workers
 
 
 def inference_form(network: nn.Module, precision: str) -> nn.Module:
     """A copy of a network for evaluation only, in torch; see `ConvNN.inference_form`."""
-    check_precision(precision)
-    if reason := alteration(network):
-        raise ValueError(f"Only a ConvNN as it is made has other forms, but {reason}.")
-    return ExactConvNN(network) if precision == "exact" else FoldedConvNN(network, precision)
+    _check_unaltered(network, precision)
+    if precision == "exact":
+        return _exact(network)
+    return _in_floats(network, lambda member: FoldedConvNN(member, precision))
 
 
 def attacked_form(network: nn.Module, precision: str) -> nn.Module:
     """The form that passes gradients to the images: in C where that is possible, else in torch."""
-    form, library = FoldedConvNN(network, precision), _library(network, precision)
-    return AttackedConvNN(form, library).eval() if library else form
+    return _in_floats(network, lambda member: _fastest(member, precision, AttackedConvNN))
 
 
 def voting_form(network: nn.Module, precision: str) -> nn.Module:
     """The form in floats that votes fastest on the network's device."""
-    form, library = inference_form(network, precision), _library(network, precision)
-    return NativeConvNN(form, library).eval() if library else form
+    _check_unaltered(network, precision)
+    return _in_floats(network, lambda member: _fastest(member, precision, NativeConvNN))
+
+
+def _check_unaltered(network: nn.Module, precision: str) -> None:
+    check_precision(precision)
+    if reason := alteration(network):
+        raise ValueError(f"Only a ConvNN as it is made has other forms, but {reason}.")
+
+
+def _exact(network: nn.Module) -> WholeLogits:
+    """The form in whole numbers of a ConvNN or an ensemble."""
+    one, *others = members_of(network)
+    return ExactEnsemble([one, *others]) if others else ExactConvNN(one)
+
+
+def _in_floats(network: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The form that `make` gives for a ConvNN, or of an ensemble those of all its members."""
+    forms = [make(member) for member in members_of(network)]
+    return MeanForm(forms, network.thresholds) if len(forms) > 1 else forms[0]
+
+
+def _fastest(network: nn.Module, precision: str, native: type) -> nn.Module:
+    """A ConvNN in floats, of the class `native` if C can run it."""
+    form, library = FoldedConvNN(network, precision), _library(network, precision)
+    return native(form, library).eval() if library else form
 
 
 def _library(network: nn.Module, precision: str) -> ctypes.CDLL | None:
-    """The compiled library for a network on the CPU whose layers fill the vectors, else None."""
+    """The compiled library for a ConvNN on the CPU whose layers fill the vectors, else None."""
     on_cpu = network.output.weight.device.type == "cpu"
     library = float_library() if precision == "float32" and on_cpu else None
     if library is None:
@@ -74,7 +98,7 @@ def voters(
     if form is not None:
         on_cpu = images.device.type == "cpu"
         with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
-            if isinstance(form, ExactConvNN):
+            if isinstance(form, WholeLogits):
                 library = exact_library() if on_cpu else None
                 native = NativeExact(form, library) if library else None
                 yield exact_cast(form, native, num_classes), workers
@@ -96,12 +120,12 @@ def default_precision(model: nn.Module) -> str:
     return "float32" if _exact_form(unwrapped(model)) is None else "exact"
 
 
-def _exact_form(network: nn.Module) -> ExactConvNN | None:
+def _exact_form(network: nn.Module) -> WholeLogits | None:
     """The form in whole numbers of an unaltered network on a CPU, if it has one."""
-    if not is_untouched(network) or network.output.weight.device.type != "cpu":
+    if not is_untouched(network) or next(network.parameters()).device.type != "cpu":
         return None
     try:
-        form = ExactConvNN(network)
+        form = _exact(network)
     except ValueError:
         return None
     return form if agrees(form, network, "exact") else None
@@ -134,4 +158,6 @@ def form_name(network: nn.Module, precision: str) -> str:
         return "its own forward pass"
     if precision == "exact":
         return "whole numbers"
-    return "batch normalisation folded" + ", convolutions in C" * bool(_library(network, precision))
+    in_c = [bool(_library(member, precision)) for member in members_of(network)]
+    some = "some " * (not all(in_c))
+    return "batch normalisation folded" + f", {some}convolutions in C" * any(in_c)

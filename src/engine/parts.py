@@ -1,6 +1,6 @@
-"""What the forms of ConvNN share: precisions, thresholds, folded layers, the output."""
+"""What the forms of ConvNN share: precisions, thresholds, ensembles, folded layers, the output."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,32 @@ def apply_thresholds(images: Tensor, thresholds: Sequence[float] | None) -> Tens
     cut = linear.clamp(0, 1)
     # The difference is exactly zero: only its gradient counts.
     return cut.detach() + (linear - linear.detach()) if linear.requires_grad else cut
+
+
+def members_of(network: nn.Module) -> list[nn.Module]:
+    """The ConvNNs that an ensemble is made of, its `networks`; of a ConvNN itself alone."""
+    return list(getattr(network, "networks", [network]))
+
+
+def mean_logits(members: Iterable[nn.Module], images: Tensor) -> Tensor:
+    """The mean of the logits of several networks."""
+    return torch.stack([member(images) for member in members]).mean(0)
+
+
+class MeanForm(nn.Module):
+    """The forms of an ensemble's members as one form.
+
+    Thresholds that all of them have are applied once, and can be taken away as those of a ConvNN.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], thresholds: Sequence[float] | None):
+        super().__init__()
+        self.members, self.thresholds = nn.ModuleList(members), thresholds
+        for member in members if thresholds is not None else ():
+            member.thresholds = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return mean_logits(self.members, apply_thresholds(images, self.thresholds))
 
 
 def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d, dtype) -> tuple[nn.Parameter, ...]:

@@ -1,6 +1,8 @@
 """Tells an unaltered network, which may run in another form, from one that a user has changed."""
 
 import functools
+import json
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.checks import evaluation_mode, same
-from src.engine.parts import TOLERANCES
+from src.engine.parts import TOLERANCES, members_of
 
 # Wrappers that answer as the module inside does, and the attribute that holds it.
 _WRAPPERS = {
@@ -51,8 +53,9 @@ def alteration(network: nn.Module) -> str:
         if has_hooks(module):
             return f"it has hooks on {name or 'itself'}"
     try:
-        config = ((k, tuple(v) if isinstance(v, list) else v) for k, v in network.config.items())
-        expected = _structure_as_made(type(network), tuple(config))
+        # numpy's integers too are numbers.
+        config = json.dumps(network.config, default=operator.index)
+        expected = _structure_as_made(type(network), config)
     except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError):
         return "its 'config' does not describe it"
     found = _structure(network)
@@ -64,8 +67,10 @@ def alteration(network: nn.Module) -> str:
         return f"it is in {', '.join(sorted({str(value.dtype) for value in values}))}"
     if len({value.device for value in values}) > 1:
         return "it is on several devices"
-    thresholds = network.thresholds
-    return "" if are_thresholds(thresholds) else f"its thresholds are {thresholds!r}"
+    for thresholds in (member.thresholds for member in members_of(network)):
+        if not are_thresholds(thresholds):
+            return f"its thresholds are {thresholds!r}"
+    return ""
 
 
 def is_untouched(network: nn.Module) -> bool:
@@ -89,10 +94,10 @@ _class_attributes = functools.cache(lambda kind: frozenset(dir(kind)))
 
 
 @functools.lru_cache(64)
-def _structure_as_made(kind: type, config: tuple) -> dict[str, tuple]:
-    """The structure of a network just made; its weights take no memory."""
+def _structure_as_made(kind: type, config: str) -> dict[str, tuple]:
+    """The structure of a network just made of a config in JSON; its weights take no memory."""
     with torch.device("meta"):
-        return _structure(kind(**dict(config)))
+        return _structure(kind(**json.loads(config)))
 
 
 def are_thresholds(thresholds) -> bool:
@@ -111,10 +116,11 @@ def agrees(form: nn.Module, network: nn.Module, precision: str) -> bool:
     Differences are measured against the largest logit plus the largest bias. Measured against the
     spread of the logits, a network whose logits hardly vary would seem altered.
     """
-    images = _probe().to(network.output.weight.device)
+    images = _probe().to(next(network.parameters()).device)
     with evaluation_mode(network), torch.autocast(images.device.type, enabled=False):
         found, expected = form(images), network(images)
-    largest = sum(v.nan_to_num(0, 0, 0).abs().max() for v in (expected, network.output.bias))
+    bias = torch.stack([member.output.bias for member in members_of(network)])
+    largest = sum(v.nan_to_num(0, 0, 0).abs().max() for v in (expected, bias))
     return same(found, expected, TOLERANCES[precision] * largest)
 
 

@@ -73,7 +73,7 @@ class NoisyImage(NamedTuple):
 
 
 def exact_cast(form: nn.Module, native, num_classes: int) -> Cast:
-    """Votes of an ExactConvNN: in C by `native`, a NativeExact of it, or through torch if None.
+    """Votes of a form in whole numbers: in C by `native`, a NativeExact of it, or through torch.
 
     Both give the same votes. Raises ValueError if the form has another number of classes.
     """

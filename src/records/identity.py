@@ -5,14 +5,15 @@ from torch import Tensor, nn
 
 from src.checkpoints import weights_digest
 from src.checks import ask, check_function, checked_logits, evaluation_mode, rounding_unit
+from src.engine.parts import members_of
 from src.engine.untouched import is_untouched, unwrapped
 
 
 def model_identity(model: nn.Module, images: Tensor, classes: int) -> dict:
     """The settings that name the base classifier of rows, JSON values.
 
-    An unaltered ConvNN is its state and its arguments. Any other model is its state, its class
-    (inside `DataParallel` and the like) and its `outputs`: hooks, a replaced method or an
+    An unaltered ConvNN or Ensemble is its state and its arguments. Any other model is its state,
+    its class (inside `DataParallel` and the like) and its `outputs`: hooks, a replaced method or an
     attribute such as a temperature show in no state.
 
     Args:
@@ -26,7 +27,7 @@ def model_identity(model: nn.Module, images: Tensor, classes: int) -> dict:
     network = unwrapped(model)
     identity = {"model_digest": weights_digest(network.state_dict())}
     if is_untouched(network):
-        _check_classes(network.config["num_classes"], classes)
+        _check_classes(members_of(network)[0].output.out_features, classes)
         return identity | {"network": network.config}
     kind, shape = type(network), images.shape[1:]
     device = next(model.parameters(), images).device

@@ -128,7 +128,8 @@ def removable_thresholds(model: nn.Module, images: Tensor) -> bool:
         return False
     warnings.warn(
         "'model' has thresholds that cannot be taken away, so the attack behind them is left out; "
-        "gradients may be masked (give the network itself, without hooks and wrappers).",
+        "gradients may be masked (give the network itself, without hooks and wrappers; members of "
+        "an Ensemble need the same thresholds).",
         stacklevel=4,
     )
     return False

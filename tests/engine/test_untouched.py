@@ -4,6 +4,7 @@ import re
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,7 +114,8 @@ altered = pytest.mark.parametrize("change", ALTERATIONS.values(), ids=ALTERATION
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"hidden": 3}, {"thresholds": (0.4, 0.6)}, {"num_classes": 2}]
+    "options",
+    [{}, {"hidden": np.int64(3)}, {"thresholds": (0.4, 0.6)}, {"num_classes": 2}],
 )
 def test_a_network_as_it_is_made_is_untouched(options):
     model = network(**options)
