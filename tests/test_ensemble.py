@@ -16,6 +16,7 @@ from src.engine.forms import attacked_form, form_name, voting_form
 from src.engine.noise import STAGES, Noise
 from src.engine.parts import PRECISIONS, apply_thresholds
 from src.engine.untouched import alteration, evaluation_form, is_untouched
+from src.ensemble import main
 from src.models import ConvNN, Ensemble, SmoothClassifier
 from src.records import certify_dataset, redraw
 from src.robustness.strongest import hits_by_stage
@@ -384,3 +385,41 @@ def test_a_damaged_one_is_refused_in_one_sentence(name, tmp_path):
         load_checkpoint(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Checkpoints of two members."""
+    balls = [{"norm": "linf", "epsilon": 0.3, "seed": seed} for seed in range(2)]
+    return [
+        str(save_checkpoint(tmp_path / f"{k}.pt", network(k), sigma=0.5, options=ball))
+        for k, ball in enumerate(balls)
+    ]
+
+
+def test_the_command_makes_one_of_checkpoints(files, tmp_path, capsys):
+    out = tmp_path / "deep" / "both.pt"
+    main([*files, "--out", str(out)])
+    model = load_checkpoint(out)
+    assert torch.equal(model(images_of(2)), Ensemble(map(load_checkpoint, files))(images_of(2)))
+    assert model.facts["command"].startswith("python -m src.ensemble ")
+    assert model.facts["sigma"] == 0.5
+    ball = {name: model.facts["options"].get(name) for name in ("norm", "epsilon", "seed")}
+    assert ball == {"norm": "linf", "epsilon": 0.3, "seed": None}
+    assert [of["options"]["seed"] for of in model.facts["members"]] == [0, 1]
+    assert f"main_compare.py --model both={out}" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_makes_none(files, tmp_path):
+    other = str(save_checkpoint(tmp_path / "other.pt", network(num_classes=3)))
+    before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    for words, error, sentence in (
+        ([files[0], "--out", str(tmp_path / "x.pt")], ValueError, "two or more"),
+        ([*files, "--out", files[1]], ValueError, "is one of the checkpoints"),
+        ([files[0], other, "--out", str(tmp_path / "x.pt")], ValueError, "3 and 10 classes"),
+        ([*files, "--out", str(tmp_path)], OSError, "cannot be written"),
+        ([files[0], "none.pt", "--out", str(tmp_path / "x.pt")], FileNotFoundError, "none.pt"),
+    ):
+        with pytest.raises(error, match=sentence):
+            main(words)
+    assert sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir()) == before
