@@ -204,7 +204,7 @@ def _groups(weights: np.ndarray) -> np.ndarray:
 
     Of pixels: neighbours in a row of 5. Of 16 inputs: pairs 1, 3, 5, 7 and pairs 2, 4, 6, 8.
     """
-    if weights.shape[2] == 1:
+    if weights.shape[1:] == (25, 1):
         rows = np.pad(weights.reshape(-1, 5), [(0, 0), (0, 1)])
         return rows.reshape(len(weights), -1, 2)
     rows = np.pad(weights, [(0, 0), (0, 0), (0, -weights.shape[2] % 16)])
