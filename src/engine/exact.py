@@ -161,7 +161,7 @@ def _pixels(thresholds) -> tuple[tuple[int, int, int, int, int], float]:
         shift = (zero << 16) + 2**15
         return (-LIMIT, LIMIT, factor, shift, zero), LEVELS / 2**SHIFT
     low, high = thresholds
-    if high - low < 0.01:
+    if high - low < 0.00999:
         raise ValueError("The thresholds are closer than 1/100: too steep for integers.")
     factor = round(2**16 * PIXEL_MOST / (LEVELS * (high - low)))
     shift = 2**15 - round(2**16 * PIXEL_MOST * low / (high - low))
