@@ -139,10 +139,9 @@ def complete(args):
             raise ValueError(f"--{name} has no effect with --shard, which only certifies.")
     if args.image and process_count() > 1:
         raise ValueError("--image takes one process, not several of torchrun.")
-    for name in ("shard", "challenge", "resume", "two_sided"):
+    for name in ("shard", "challenge", "resume"):
         if args.image and getattr(args, name):
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} has no effect with --image, which writes no rows.")
+            raise ValueError(f"--{name} has no effect with --image, which writes no rows.")
     check_names(args)
     args.steps = args.steps or (4 if args.quick else 40)
     return args

@@ -141,7 +141,7 @@ def attacked(model, batch, args, attacks=ATTACKS):
         hits[name] = standing.clone()
     hits["robust"] = standing.clone()
     if args.strongest:
-        ours = partial(strongest_attack, epsilon=args.epsilon, norm=args.norm)
+        ours = partial(strongest_attack, epsilon=args.epsilon, norm=args.norm, thorough=True)
         hits["strongest"] = correct(model, batch, attack=partial(ours, generator=seeded(args)))
     return hits
 

@@ -1,23 +1,31 @@
-"""Certification side by side: the textbook loop against SmoothClassifier, and the limit.
+"""Certification side by side: the textbook loop, floats, whole numbers, their limit, older code.
 
 The textbook loop takes one image at a time through the unchanged network in float32: batches of
-400 copies, torch.randn, argmax, counts. The limit is what the machine could do if arithmetic ran
-at the rate of its best matrix product and noise were drawn at the rate of torch's generator, on
-all cores, one after the other on each; integers of 8 bits may go beyond it. Votes in float32 and
-in int8 alternate with the textbook in one run; medians are printed.
+400 copies, torch.randn, argmax, counts. The limit of whole numbers is what the machine could do if
+all products ran at the measured peak of its instructions for dot products, and noise were drawn
+without a pause. With --against an older checkout of this repository votes in int8 in a process of
+its own. All ways alternate in one run; medians are printed.
 
-Run: python -m benchmarks.certification
+Run: git worktree add ../before c98b53c
+     python -m benchmarks.certification --against ../before
 """
 
 import argparse
+import ctypes
 import os
 import statistics
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from src.engine.exact_native import draw_copies, exact_library
+from src.engine.native import compiled
+from src.engine.noise import Noise
 from src.engine.votes import single_threaded_workers
 from src.models import ConvNN, SmoothClassifier
 from src.utils import load_mnist, seed_everything
@@ -27,7 +35,20 @@ NETWORKS = {
     "32-64": {"channels": (32, 64)},
     "32-64, hidden 256": {"channels": (32, 64), "hidden": 256},
 }
-PRECISIONS = ("float32", "int8")
+# What the older checkout runs: seconds for each line "options of the network, n" that it reads.
+OLDER = """
+import sys, time, torch
+from src.models import ConvNN, SmoothClassifier
+for line in sys.stdin:
+    options, n = eval(line)
+    torch.manual_seed(0)
+    smooth = SmoothClassifier(ConvNN(**options).eval(), 0.5, precision="int8")
+    image = torch.rand((1, 28, 28), generator=torch.Generator().manual_seed(0))
+    smooth.certify(image, 100, 1000)
+    start = time.perf_counter()
+    smooth.certify(image, 100, n)
+    print(time.perf_counter() - start, flush=True)
+"""
 
 
 def textbook(network, image, sigma, n0, n, batch=400):
@@ -45,15 +66,19 @@ def textbook(network, image, sigma, n0, n, batch=400):
     return counts
 
 
-def operations(network):
-    """Floating-point operations of one image, a multiplication and an addition each."""
-    linear = sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear))
-    convolutions = 14**2 * network.conv1.weight.numel() + 7**2 * network.conv2.weight.numel()
-    return 2 * (linear + convolutions)
+def dot_products(options, lanes):
+    """Instructions for the products of one image, of four 8-bit or two 16-bit numbers a lane.
+
+    Products with the padding do not count.
+    """
+    (first, second), hidden = options["channels"], options.get("hidden")
+    inside = (14 * 5 - 3) ** 2 * first + (7 * 5 - 3) ** 2 * first * second
+    inside += 49 * second * (hidden or 0)
+    return inside / (4 * lanes) + 10 * (hidden or 49 * second) / (2 * lanes)
 
 
 def rate(task, amount, seconds=1.0):
-    """`amount` a second and a core while all cores repeat `task`, all cores added up."""
+    """`amount` a second while all cores repeat `task`, all cores added up."""
 
     def repeat(_):
         done, start = 0, time.perf_counter()
@@ -66,15 +91,15 @@ def rate(task, amount, seconds=1.0):
         return sum(workers.map(repeat, range(workers.number)))
 
 
-def matrix_rate(dtype):
-    """Floating-point operations a second of the matrix product, all cores."""
-    a, b = torch.randn(768, 768).to(dtype), torch.randn(768, 768).to(dtype)
-    return rate(lambda: a @ b, 2 * 768**3)
-
-
-def normal_rate():
-    """Images of 784 normals a second, all cores, each with a generator of its own."""
-    return rate(lambda: torch.empty(128, 784).normal_(generator=torch.Generator()), 128)
+def limits():
+    """Dot products and noisy copies a second, all cores; the numbers a vector holds."""
+    library = compiled(str(Path(__file__).with_name("peak.c").resolve()))
+    library.peak.argtypes = [ctypes.c_int64]
+    dots = rate(lambda: library.peak(1_000_000), 16e6)
+    library, steps = exact_library(), torch.zeros((1, 28, 28), dtype=torch.int32)
+    draw = partial(draw_copies, library, steps, Noise(0, 0, 0.5), 1, 0, 500)
+    draw()
+    return dots, rate(draw, 500), library.lanes()
 
 
 def seconds(call):
@@ -83,36 +108,56 @@ def seconds(call):
     return time.perf_counter() - start
 
 
+def older_checkout(folder):
+    """A function (options of a network, n) -> seconds of the checkout in `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    # Our own folder must not come first.
+    command = [sys.executable, "-P", "-c", OLDER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+    def ask(options, n):
+        print((options, n), file=process.stdin, flush=True)
+        return float(process.stdout.readline())
+
+    return ask
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--n", type=int, default=20_000, help="copies an image")
+    parser.add_argument("--n", type=int, default=20_000, help="copies per image")
     parser.add_argument("--repeat", type=int, default=5, help="alternations")
+    parser.add_argument("--against", type=Path, help="an older checkout that has int8")
     args = parser.parse_args()
     image = load_mnist("test").tensors[0][:1]
-    matrix = {d: matrix_rate(getattr(torch, d)) for d in ("float32", "bfloat16")}
-    normals = normal_rate()
+    dots, drawn, lanes = limits()
     print(f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, n = {args.n:,}")
-    print(", ".join(f"{d} matrix product {r / 1e9:.0f} GFLOP/s" for d, r in matrix.items()))
-    print(f"normals for {normals:,.0f} images/s")
+    print(
+        f"{dots / 1e9:.2f}e9 dot products of {lanes} lanes and {drawn:,.0f} noisy copies a second"
+    )
+    older = older_checkout(args.against) if args.against else None
     for name, options in NETWORKS.items():
         seed_everything(0)
         network = ConvNN(**options).eval()
         ways = {"textbook": partial(textbook, network, image[0], 0.5, 100, args.n)}
-        for precision in PRECISIONS:
+        for precision in ("float32", "exact"):
             smooth = SmoothClassifier(network, 0.5, precision=precision)
             ways[precision] = partial(smooth.certify, image, 100, args.n)
-        times = [{way: seconds(call) for way, call in ways.items()} for _ in range(args.repeat + 1)]
+        times = []
+        for _ in range(args.repeat + 1):
+            times.append({way: seconds(call) for way, call in ways.items()})
+            if older:
+                times[-1]["older int8"] = older(options, args.n)
         # The first round prepares what the others use.
-        rates = {way: (args.n + 100) / statistics.median(t[way] for t in times[1:]) for way in ways}
-        limit = 1 / (operations(network) / max(matrix.values()) + 1 / normals)
-        for precision in PRECISIONS:
-            ratio = statistics.median(t["textbook"] / t[precision] for t in times[1:])
-            print(
-                f"{name:18s} textbook {rates['textbook']:7,.0f}/s, here {rates[precision]:7,.0f}/s "
-                f"in {precision}, ratio {ratio:.2f}, {rates[precision] / limit:.0%} of the limit "
-                f"{limit:,.0f}/s",
-                flush=True,
-            )
+        times = times[1:]
+        limit = 1 / (dot_products(options, lanes) / dots + 1 / drawn)
+        copies = args.n + 100
+        rates = {way: copies / statistics.median(t[way] for t in times) for way in times[0]}
+        print(f"{name}: " + ", ".join(f"{way} {found:,.0f}/s" for way, found in rates.items()))
+        ratios = {way: statistics.median(t[way] / t["exact"] for t in times) for way in rates}
+        del ratios["exact"]
+        words = ", ".join(f"{ratio:.2f} times {way}" for way, ratio in ratios.items())
+        print(f"  exact: {words}, {rates['exact'] / limit:.0%} of {limit:,.0f}/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def train_and_judge(cure: str, seed: int, epochs: int, images: int) -> dict:
         **options,
     )
     seconds = time.process_time() - start
-    ours = list(hits_by_stage(model, judged, EPSILON, progress=False).values())[-1]
+    stages = hits_by_stage(model, judged, EPSILON, thorough=True, progress=False)
+    ours = list(stages.values())[-1]
     left = subset(judged, ours.nonzero()[:, 0])
     hits = autoattack.attacked(model, left, REFEREE, autoattack.AUTOATTACK)
     collapsed = collapsed_epochs(history["epochs"], warmup=warmup)

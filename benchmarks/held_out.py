@@ -9,7 +9,7 @@ what the literature's protocol would give if the same shares of votes had been f
 another seed of training moves the average by a few thousandths.
 
 Run: python -m benchmarks.held_out --sigma 1 --method confidence --hidden 256 --shift 0 \\
-         --epochs 6 --learning-rate 0.005 --optimizer muon --votes int8 --n 5000
+         --epochs 6 --learning-rate 0.005 --optimizer muon --n 5000
 """
 
 import numpy as np

@@ -93,6 +93,7 @@ def report_attacks(model: nn.Module, dataset, indices, args, output: Output) -> 
     ball, labels = f"{args.norm} {args.epsilon:g}", subset(dataset, indices).tensors[1]
     print(f"Attacking within {ball}")
     options = {"steps": args.steps, "queries": args.queries, "seed": args.seed}
+    options["thorough"] = args.thorough
     found, attacked, classes = evaluate_in_ball(
         model, dataset, indices, args.epsilon, args.norm, **options
     )
@@ -158,6 +159,8 @@ def option_parser():
     add("--epsilon", type=number(high=1000), required=True, help=radius)
     add("--steps", type=count(), default=100, help="gradient steps per start")
     add("--queries", type=count(), default=5000, help="queries of the attack without gradients")
+    every = "give every stage all images that stand, not the most fragile first"
+    add("--thorough", action="store_true", help=every)
     add = parser.adder("certification")
     noise = "standard deviation of the noise, pixel units; without it nothing is certified"
     add("--sigma", type=number(high=10, with_high=True), help=noise)

@@ -286,7 +286,8 @@ class SmoothClassifier(nn.Module):
         """Class of the smoothed classifier, or ABSTAIN (PREDICT, Cohen et al., ICML 2019).
 
         For each image alone, over the draws of noise, the chance of returning a class other
-        than g(x) is at most `alpha`.
+        than g(x) is at most `alpha`. An image off the grid is moved to it first: the answer is then
+        that of g at the nearest point.
 
         Args:
             images: (B, C, H, W) or (C, H, W), pixels in [0, 1]. A pixel that is no multiple of

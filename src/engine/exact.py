@@ -206,7 +206,7 @@ def _pixels(thresholds) -> tuple[tuple[int, int, int, int, int], float]:
         shift = (zero << 16) + 2**15
         return (-LIMIT, LIMIT, factor, shift, zero), LEVELS / 2**SHIFT
     low, high = thresholds
-    if high - low < 0.01:
+    if high - low < 0.00999:
         raise ValueError("The thresholds are closer than 1/100: too steep for integers.")
     factor = round(2**16 * PIXEL_MOST / (LEVELS * (high - low)))
     shift = 2**15 - round(2**16 * PIXEL_MOST * low / (high - low))
@@ -249,7 +249,7 @@ def _groups(weights: np.ndarray) -> np.ndarray:
 
     Of pixels: neighbours in a row of 5. Of 16 inputs: pairs 1, 3, 5, 7 and pairs 2, 4, 6, 8.
     """
-    if weights.shape[2] == 1:
+    if weights.shape[1:] == (25, 1):
         rows = np.pad(weights.reshape(-1, 5), [(0, 0), (0, 1)])
         return rows.reshape(len(weights), -1, 2)
     rows = np.pad(weights, [(0, 0), (0, 0), (0, -weights.shape[2] % 16)])

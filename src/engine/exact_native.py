@@ -99,8 +99,9 @@ class NativeExact:
         for number in range(1, form.layers + 1):
             kernel, bias, *scale = form.layer(number)
             if number == 1:
-                # Here bytes count from `zero`.
+                # Here bytes count from `zero`, and a row of five pixels is filled up to eight.
                 bias = bias - form.pixels[-1] * kernel.sum((1, 2), dtype=torch.int32)
+                kernel = F.pad(kernel.unflatten(1, (5, 5)), (0, 0, 0, 3)).flatten(1, 2)
             kernel, fill = _in_reading_order(kernel, width, self.library.lanes()), -len(bias) % STEP
             # The output has no scale, and none is read; its biases will do.
             values = [kernel, *(F.pad(v, (0, fill)) for v in (bias, *(scale or [bias])))]
@@ -152,12 +153,9 @@ def _in_reading_order(kernel: Tensor, width: int, lanes: int) -> Tensor:
     """A kernel (C, places, inputs) as `exact.c` reads it.
 
     That is (vectors of channels, words, lanes, numbers per word). A word is four bytes. The inputs
-    of a place are filled up with zeros to `width`, and a row of five pixels to eight.
+    of a place are filled up with zeros to `width`.
     """
-    if kernel.shape[2] == 1:
-        rows = F.pad(kernel.reshape(len(kernel), 5, 5), (0, 3)).flatten(1)
-    else:
-        rows = F.pad(kernel, (0, width - kernel.shape[2])).flatten(1)
+    rows = F.pad(kernel, (0, width - kernel.shape[2])).flatten(1)
     rows = F.pad(rows, (0, 0, 0, -len(rows) % STEP))
     words = rows.unflatten(1, (-1, 4 // rows.element_size())).unflatten(0, (-1, lanes))
     return words.transpose(1, 2).contiguous()

@@ -15,8 +15,6 @@ class FoldedConvNN(nn.Module):
     `benchmarks/certification.py` and `benchmarks/attacks.py` measure its speed.
     """
 
-    in_integers = False
-
     @torch.no_grad()
     def __init__(self, network: nn.Module, precision: str):
         super().__init__()

@@ -106,7 +106,7 @@ def float_library(*flags: str) -> ctypes.CDLL | None:
 
 
 def compiled(source: str, *flags: str) -> ctypes.CDLL | None:
-    """A C file of this folder as a library, compiled by `cc` or what CC names.
+    """A C file, by its path from this folder, as a library compiled by `cc` or what CC names.
 
     It takes about a second. None without a compiler that can make it; CC=none asks for none.
     """
@@ -117,7 +117,7 @@ def compiled(source: str, *flags: str) -> ctypes.CDLL | None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             target = Path(folder) / "native.so"
             command = [*shlex.split(compiler), *_FLAGS, *flags]
-            _run([*command, str(Path(__file__).with_name(source)), "-o", str(target)])
+            _run([*command, str(Path(__file__).parent / source), "-o", str(target)])
             return ctypes.CDLL(str(target))
     except subprocess.TimeoutExpired:
         _HANGING_COMPILERS.add(compiler)

@@ -29,6 +29,7 @@ def evaluate_in_ball(
     *,
     steps: int = 100,
     queries: int = 5000,
+    thorough: bool = False,
     seed: int = 0,
 ) -> tuple[dict[str, list[dict]], Tensor, Tensor]:
     """`attack_evaluation` in one ball, in which the strongest attack counts too.
@@ -38,7 +39,7 @@ def evaluate_in_ball(
         test: images (N, C, H, W) in [0, 1] and int64 labels (N,).
         indices: numbers of the images that are attacked.
         epsilon, norm: the ball.
-        steps, queries: of the strongest attack; PGD takes half the steps.
+        steps, queries, thorough: of the strongest attack; PGD takes half the steps.
         seed: of the strongest attack.
 
     Returns:
@@ -49,7 +50,7 @@ def evaluate_in_ball(
     """
     few, ball = subset(test, indices), {"norm": norm, "epsilon": epsilon}
     generator = torch.Generator().manual_seed(seed)
-    options = {"steps": steps, "queries": queries, "generator": generator}
+    options = {"steps": steps, "queries": queries, "thorough": thorough, "generator": generator}
     hits, attacked, classes = attack_by_stage(model, few, **ball, **options)
     # A radius of the grid must be small beside the ball.
     finer = min(max(math.ceil(8 / (epsilon * GRID[norm])), 1), FINEST) if epsilon else 1

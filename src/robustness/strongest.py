@@ -21,6 +21,11 @@ from src.robustness.thresholds import behind_thresholds, thresholds_attack
 from src.utils import progress_bar
 from src.verdicts import Worst, batches, judge, logits_of, margin, stands, with_gradients
 
+# A later stage goes through the images in this many parts, the most fragile first.
+PARTS = 8
+# Of at least so many images: a part of few says little of the rest.
+FEWEST = 32
+
 
 @with_gradients()
 def strongest_attack(
@@ -47,6 +52,7 @@ def strongest_attack_stages(
     restarts: int = 5,
     targets: int = 9,
     queries: int = 5000,
+    thorough: bool = False,
     clip: tuple[float, float] = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -57,6 +63,10 @@ def strongest_attack_stages(
     margin and the classes are attacked behind these as well (in linf only there). A warning says
     if thresholds were found that cannot be taken away.
 
+    The first stage attacks all images. A later one begins with the most fragile eighth of those
+    that stand, by the margin at their worst points so far, and goes on to the next eighth only
+    while it breaks images. Most of the time would else go into images that nothing breaks.
+
     Arguments as for `pgd_attack` (all that is random comes from `generator`), and:
 
     Args:
@@ -64,6 +74,7 @@ def strongest_attack_stages(
         restarts: starts on the margin; there are two per target.
         targets: how many of the most likely other classes to approach.
         queries: of the Square Attack, the last stage.
+        thorough: give every stage all images that stand.
 
     Yields:
         The name of each stage and the worst points up to it (B, C, H, W); "clean" first.
@@ -79,16 +90,26 @@ def strongest_attack_stages(
     worst = Worst(None, images, labels, "margin", False)
     adaptive = removable_thresholds(model, images)
     stages = _stages(adaptive, norm, steps, restarts, targets, queries)
-    for name, attack in [("clean", _unchanged), *stages]:
-        chosen = worst.standing.nonzero()[:, 0]
-        if len(chosen):
+    for number, (name, attack) in enumerate([("clean", _unchanged), *stages]):
+        for chosen in _parts(worst, whole=thorough or number < 2):
             own, ball = labels[chosen], {"clip": clip, "generator": generator}
             points = attack(model, images[chosen], own, epsilon, norm, **ball)
             # The model itself judges the points, whatever the attack said of them.
             with evaluation_form(model, probe=True) as network:
                 verdict = judge(network, points, own, margin, want_gradient=False)
             worst.keep(points, chosen, verdict.loss, verdict.broken)
+            if not verdict.broken.any():
+                break
         yield name, worst.points.clone()
+
+
+def _parts(worst: Worst, *, whole: bool) -> list[Tensor]:
+    """Positions of the images that stand, in parts; in the first those with the largest margin."""
+    standing = worst.standing.nonzero()[:, 0]
+    if whole or not len(standing):
+        return [standing] if len(standing) else []
+    order = worst.value[standing].argsort(descending=True, stable=True)
+    return list(standing[order].split(max(FEWEST, -(-len(standing) // PARTS))))
 
 
 def _unchanged(model, images, *_, **__) -> Tensor:

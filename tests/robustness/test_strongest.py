@@ -412,3 +412,48 @@ def test_stages_only_ever_break_more_and_the_last_is_the_strongest_attack(traine
     assert list(hits) == list(stages)
     assert torch.equal(torch.stack([*hits.values()]), ~torch.stack(broken))
     assert broken[-1].sum() > broken[0].sum()
+
+
+class Counted(nn.Module):
+    """A network that keeps the number of images of every call."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.counts = network, []
+
+    def forward(self, images):
+        self.counts.append(len(images))
+        return self.network(images)
+
+
+def test_later_stages_stop_at_the_first_eighth_in_which_nothing_breaks():
+    images, labels = random_batch(400)
+    network = Counted(Linear(10))
+    labels = network(images).argmax(1)
+    # A ball that breaks nothing: no margin can be crossed.
+    stages = strongest_attack_stages(network, images, labels, 1e-6, **BRIEF)
+    assert next(stages)[0] == "clean"
+    assert next(stages)[0] == "apgd cross-entropy"
+    network.counts.clear()
+    for _ in stages:
+        assert max(n for n in network.counts if n != 400) <= 50
+    network.counts.clear()
+    list(strongest_attack_stages(network, images, labels, 1e-6, **BRIEF, thorough=True))
+    assert network.counts.count(400) > 3 * 4
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("scale", [1.0, 3000.0])
+def test_quick_verdict_is_the_thorough_one_where_the_optimum_is_known(norm, scale):
+    # Of two classes of a linear network the margin that an attack can cross is known. Times 3,000
+    # the cross-entropy is saturated, so that only later stages break anything.
+    images, _ = random_batch(200)
+    network = Linear(2, scale)
+    labels = network(images).argmax(1)
+    epsilon = 0.02 if norm == "linf" else 0.5
+    quick, thorough = (
+        strongest_attack(network, images, labels, epsilon, norm, **BRIEF, thorough=way)
+        for way in (False, True)
+    )
+    assert 10 < wrong(network, thorough, labels).sum() < 190
+    assert torch.equal(wrong(network, quick, labels), wrong(network, thorough, labels))
