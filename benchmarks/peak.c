@@ -2,6 +2,15 @@
 
 #include "../src/engine/exact.c"
 
+/* Any vector register; without vectors, memory. */
+#if defined(AVX512)
+#define KEEP(value) "+v"(value)
+#elif defined(AVX2)
+#define KEEP(value) "+x"(value)
+#else
+#define KEEP(value) "+m"(value)
+#endif
+
 /* `n` times 16 dot products of a WORD, in registers. */
 int peak(int64_t n)
 {
@@ -13,7 +22,7 @@ int peak(int64_t n)
         for (int k = 0; k < 16; k++) {
             sum[k % SUMS] = add_word(sum[k % SUMS], four, weights);
             /* The compiler must not add up several at once. */
-            __asm__ volatile("" : "+x"(sum[k % SUMS]));
+            __asm__ volatile("" : KEEP(sum[k % SUMS]));
         }
     int total = 0;
     for (int k = 0; k < SUMS; k++)

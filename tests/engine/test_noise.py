@@ -236,7 +236,10 @@ def test_float32_multiples_of_the_grid_lie_on_it():
 
 
 def test_an_image_off_the_grid_loses_its_distance():
-    smooth = SmoothClassifier(ConvNN().eval(), 0.5)
+    network = ConvNN().eval()
+    # All votes are for one class.
+    torch.nn.init.constant_(network.output.bias[3:4], 100.0)
+    smooth = SmoothClassifier(network, 0.5)
     on, off = torch.full((1, 28, 28), 128 / 255), torch.full((1, 28, 28), 0.5)
     near, far = (smooth.certify(image, n=2000) for image in (on, off))
     distance = 28 * 0.5 / 255
@@ -250,7 +253,7 @@ def test_an_image_off_the_grid_loses_its_distance():
         assert smooth.certify_radius(off, radius, max_n=4000).certified == expected
     assert smooth.certify_radius(on, edge + distance / 2, max_n=4000).certified
     # A finer grid holds 1/2.
-    finer = SmoothClassifier(ConvNN().eval(), 0.5, precision="float32", levels=510)
+    finer = SmoothClassifier(network, 0.5, precision="float32", levels=510)
     assert to_grid(off[None], 510)[1] == [0.0]
     assert finer.certify(off, n=2000).radius > 0
 
