@@ -12,6 +12,7 @@ Run: git worktree add ../before c98b53c
 
 import argparse
 import ctypes
+import json
 import os
 import statistics
 import subprocess
@@ -37,10 +38,10 @@ NETWORKS = {
 }
 # What the older checkout runs: seconds for each line "options of the network, n" that it reads.
 OLDER = """
-import sys, time, torch
+import json, sys, time, torch
 from src.models import ConvNN, SmoothClassifier
 for line in sys.stdin:
-    options, n = eval(line)
+    options, n = json.loads(line)
     torch.manual_seed(0)
     smooth = SmoothClassifier(ConvNN(**options).eval(), 0.5, precision="int8")
     image = torch.rand((1, 28, 28), generator=torch.Generator().manual_seed(0))
@@ -117,7 +118,7 @@ def older_checkout(folder):
     process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
     def ask(options, n):
-        print((options, n), file=process.stdin, flush=True)
+        print(json.dumps([options, n]), file=process.stdin, flush=True)
         return float(process.stdout.readline())
 
     return ask
