@@ -183,6 +183,25 @@ def test_a_compiler_that_hangs_is_given_up_once_with_its_children(fresh, monkeyp
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
+def test_workers_do_not_compile_the_noise_each_for_itself(monkeypatch):
+    asked, threads = [], torch.get_num_threads()
+
+    def slow(source, *_):
+        asked.append(source)
+        time.sleep(0.1)
+
+    monkeypatch.setattr("src.engine.exact_native.compiled", slow)
+    exact_library.cache_clear()
+    try:
+        torch.set_num_threads(4)
+        smooth = SmoothClassifier(trained(), 0.5, precision="float32")
+        smooth.certify(torch.zeros(1, 28, 28), n0=512, n=512)
+    finally:
+        torch.set_num_threads(threads)
+        exact_library.cache_clear()
+    assert asked == ["exact.c"]
+
+
 def test_another_shape_is_refused():
     with pytest.raises(ValueError, match="28"):
         voting_form(trained(), "float32")(torch.zeros(2, 1, 27, 28))

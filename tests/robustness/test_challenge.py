@@ -98,6 +98,20 @@ def test_a_point_is_outside_its_ball_by_whatever_little():
             assert (moved == 50) == reached
 
 
+def test_a_radius_keeps_all_its_digits_in_a_challenge(certified, monkeypatch):
+    seen = []
+
+    def recorded(points, image, radii, levels):
+        seen.extend(radii.tolist())
+        return on_grid(points, image, radii, levels)
+
+    monkeypatch.setattr("src.robustness.challenge.on_grid", recorded)
+    smooth, dataset, rows = certified
+    challenge_certificates(smooth, dataset, rows, images=2, restarts=1, n=50, progress=False)
+    assert seen
+    assert set(seen) <= {row["radius_tight"] for row in rows}
+
+
 def test_attack_stays_in_ball_and_box_and_reaches_the_boundary(certified):
     smooth, dataset, _ = certified
     images, labels = dataset.tensors
