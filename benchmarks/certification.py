@@ -96,7 +96,7 @@ def limits():
     """Dot products and noisy copies a second, all cores; the numbers a vector holds."""
     library = compiled(str(Path(__file__).with_name("peak.c").resolve()))
     library.peak.argtypes = [ctypes.c_int64]
-    dots = rate(lambda: library.peak(1_000_000), 16e6)
+    dots = rate(lambda: library.peak(1_000_000), 8e6)
     library, steps = exact_library(), torch.zeros((1, 28, 28), dtype=torch.int32)
     draw = partial(draw_copies, library, steps, Noise(0, 0, 0.5), 1, 0, 500)
     draw()
