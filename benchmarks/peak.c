@@ -16,8 +16,8 @@ int peak(int64_t n)
 {
     ints a = all(0), b = a, c = a, d = a, e = a, f = a, g = a, h = a, weights = all(0x01020301);
     uint8_t four[WORD] = {1, 2, 3, 4};
-    /* The compiler must not add up several at once. */
-#define ADD(sum) sum = add_word(sum, four, weights); __asm__ volatile("" : KEEP(sum))
+    /* The compiler must not add up several at once, nor multiply once for all. */
+#define ADD(sum) sum = add_word(sum, four, weights); __asm__ volatile("" : KEEP(sum), KEEP(weights))
     for (int64_t i = 0; i < n; i++) {
         ADD(a); ADD(b); ADD(c); ADD(d); ADD(e); ADD(f); ADD(g); ADD(h);
     }
