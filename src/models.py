@@ -1,7 +1,8 @@
 """The network `ConvNN`, and the classifier that smooths a network with Gaussian noise."""
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import NamedTuple
@@ -435,16 +436,27 @@ class SmoothClassifier(nn.Module):
         alpha = self._left_of(alpha, images, n0 + max_n)
         stopping.look_schedule(max_n, self._required(radius), alpha)  # Refuses too few copies.
 
-        def decide(noisy: NoisyImage) -> tuple[bool, int, int]:
-            top = noisy.votes("select", n0).argmax()
-            p0 = self._required(radius, noisy.distance)
+        @functools.cache
+        def rule(distance: float) -> tuple[Sequence[int], Callable[[int, int], int]]:
+            """When to look at an image so far from its point of the grid, and what to decide."""
+            p0 = self._required(radius, distance)
             try:
                 looks = stopping.look_schedule(max_n, p0, alpha)
             except ValueError:
                 # The image lies too far from the point that is voted on.
+                return (), None
+            # Most images have the votes of another: all of them for one class.
+            return looks, functools.cache(
+                lambda count, look: stopping.mixture_decision(count, look, p0, alpha, looks)
+            )
+
+        def decide(noisy: NoisyImage) -> tuple[bool, int, int]:
+            top = noisy.votes("select", n0).argmax()
+            looks, decision_at = rule(noisy.distance)
+            if not looks:
                 return False, top, n0
             for look, counts in noisy.running_votes("estimate", looks):
-                decision = stopping.mixture_decision(counts[top], look, p0, alpha, looks)
+                decision = decision_at(int(counts[top]), look)
                 if decision != stopping.CONTINUE:
                     return decision == stopping.CERTIFY, top, n0 + look
             raise AssertionError("A rule never answers CONTINUE at its last look.")
