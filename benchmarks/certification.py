@@ -12,6 +12,7 @@ Run: git worktree add ../before c98b53c
 
 import argparse
 import ctypes
+import json
 import os
 import statistics
 import subprocess
@@ -37,10 +38,10 @@ NETWORKS = {
 }
 # What the older checkout runs: seconds for each line "options of the network, n" that it reads.
 OLDER = """
-import sys, time, torch
+import json, sys, time, torch
 from src.models import ConvNN, SmoothClassifier
 for line in sys.stdin:
-    options, n = eval(line)
+    options, n = json.loads(line)
     torch.manual_seed(0)
     smooth = SmoothClassifier(ConvNN(**options).eval(), 0.5, precision="int8")
     image = torch.rand((1, 28, 28), generator=torch.Generator().manual_seed(0))
@@ -92,14 +93,14 @@ def rate(task, amount, seconds=1.0):
 
 
 def limits():
-    """Dot products and noisy copies a second, all cores; the numbers a vector holds."""
-    library = compiled(str(Path(__file__).with_name("peak.c").resolve()))
-    library.peak.argtypes = [ctypes.c_int64]
-    dots = rate(lambda: library.peak(1_000_000), 16e6)
+    """What measures dot products and noisy copies a second, and the numbers that a vector holds."""
+    peak = compiled(str(Path(__file__).with_name("peak.c").resolve())).peak
+    peak.argtypes = [ctypes.c_int64]
     library, steps = exact_library(), torch.zeros((1, 28, 28), dtype=torch.int32)
     draw = partial(draw_copies, library, steps, Noise(0, 0, 0.5), 1, 0, 500)
     draw()
-    return dots, rate(draw, 500), library.lanes()
+    dots = partial(rate, lambda: peak(100_000), 8e5, 0.2)
+    return dots, partial(rate, draw, 500, 0.2), library.lanes()
 
 
 def seconds(call):
@@ -117,7 +118,7 @@ def older_checkout(folder):
     process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
     def ask(options, n):
-        print((options, n), file=process.stdin, flush=True)
+        print(json.dumps([options, n]), file=process.stdin, flush=True)
         return float(process.stdout.readline())
 
     return ask
@@ -132,9 +133,6 @@ def main():
     image = load_mnist("test").tensors[0][:1]
     dots, drawn, lanes = limits()
     print(f"{torch.get_num_threads()} threads on {os.cpu_count()} cores, n = {args.n:,}")
-    print(
-        f"{dots / 1e9:.2f}e9 dot products of {lanes} lanes and {drawn:,.0f} noisy copies a second"
-    )
     older = older_checkout(args.against) if args.against else None
     for name, options in NETWORKS.items():
         seed_everything(0)
@@ -143,21 +141,27 @@ def main():
         for precision in ("float32", "exact"):
             smooth = SmoothClassifier(network, 0.5, precision=precision)
             ways[precision] = partial(smooth.certify, image, 100, args.n)
-        times = []
+        rounds = []
         for _ in range(args.repeat + 1):
-            times.append({way: seconds(call) for way, call in ways.items()})
+            took = {way: seconds(call) for way, call in ways.items()}
             if older:
-                times[-1]["older int8"] = older(options, args.n)
+                took["older int8"] = older(options, args.n)
+            rates = {way: (args.n + 100) / value for way, value in took.items()}
+            rates["the limit"] = 1 / (dot_products(options, lanes) / dots() + 1 / drawn())
+            rounds.append(rates)
         # The first round prepares what the others use.
-        times = times[1:]
-        limit = 1 / (dot_products(options, lanes) / dots + 1 / drawn)
-        copies = args.n + 100
-        rates = {way: copies / statistics.median(t[way] for t in times) for way in times[0]}
-        print(f"{name}: " + ", ".join(f"{way} {found:,.0f}/s" for way, found in rates.items()))
-        ratios = {way: statistics.median(t[way] / t["exact"] for t in times) for way in rates}
-        del ratios["exact"]
-        words = ", ".join(f"{ratio:.2f} times {way}" for way, ratio in ratios.items())
-        print(f"  exact: {words}, {rates['exact'] / limit:.0%} of {limit:,.0f}/s", flush=True)
+        report(name, rounds[1:])
+
+
+def report(name, rounds):
+    """Print the median of every rate, and of every ratio within a round."""
+    found = {way: statistics.median(rates[way] for rates in rounds) for way in rounds[0]}
+    print(f"{name}: " + ", ".join(f"{way} {rate:,.0f}/s" for way, rate in found.items()))
+    ratios = {
+        way: statistics.median(rates["exact"] / rates[way] for rates in rounds) for way in found
+    }
+    words = ", ".join(f"{ratio:.2f} times {way}" for way, ratio in ratios.items() if way != "exact")
+    print(f"  exact is {words}", flush=True)
 
 
 if __name__ == "__main__":

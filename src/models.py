@@ -1,7 +1,8 @@
 """The network `ConvNN`, several of them as one, and smoothing with Gaussian noise."""
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import NamedTuple
@@ -15,7 +16,14 @@ from src.certification import bounds, stopping, tightest
 from src.checks import ask, check_count, check_images, check_number, check_shape
 from src.engine import forms
 from src.engine.lattice import LEVELS
-from src.engine.noise import Noise, check_levels, check_numbers, sampler_cost, to_grid
+from src.engine.noise import (
+    Noise,
+    check_levels,
+    check_numbers,
+    checked_copies,
+    sampler_cost,
+    to_grid,
+)
 from src.engine.parts import apply_thresholds, check_precision, mean_logits
 from src.engine.untouched import alteration, are_thresholds, has_hooks, unwrapped
 from src.engine.votes import NoisyImage, Workers
@@ -292,7 +300,7 @@ class SmoothClassifier(nn.Module):
         Args:
             images: (B, C, H, W) or (C, H, W), pixels in [0, 1]. A pixel that is no multiple of
                 1/255 is moved to the nearest one.
-            n: noisy copies per image.
+            n: noisy copies per image, at most 2**32.
             alpha: level of the two-sided binomial test of the two leading classes; it also pays
                 for `sampler_cost`.
             batch_size: at most this many copies pass through the network at once.
@@ -306,7 +314,7 @@ class SmoothClassifier(nn.Module):
         Raises:
             ValueError: for an argument out of its range.
         """
-        check_count("n", n)
+        (n,) = checked_copies(n=n)
         alpha = self._left_of(alpha, images, n)
         predictions = []
         with self._noisy(images, seed, indices, batch_size) as (noisy_images, workers):
@@ -343,8 +351,8 @@ class SmoothClassifier(nn.Module):
         larger of the two radii costs up to 1.5 `alpha`.
 
         Args:
-            n0: noisy copies that choose the class.
-            n: noisy copies that bound its probability.
+            n0: noisy copies that choose the class, at most 2**32.
+            n: noisy copies that bound its probability, at most 2**32.
             alpha: chance of a false certificate; it also pays for `sampler_cost`.
             images, batch_size, seed, indices: as for `predict`.
 
@@ -355,6 +363,7 @@ class SmoothClassifier(nn.Module):
             ValueError: for an argument out of its range, and if `n` is too small to certify
                 anything at `alpha`.
         """
+        n0, n = checked_copies(n0=n0, n=n)
         alpha = self._level(images, n0, n, alpha)
         rows = self._certificates(images, n0, n, alpha, batch_size, seed, indices)
         return _certificate_of(list(rows), images)
@@ -371,6 +380,7 @@ class SmoothClassifier(nn.Module):
         indices: Sequence[int] | None = None,
     ) -> Iterator[Certificate]:
         """The certificate of each image, as soon as it is finished; arguments as for `certify`."""
+        n0, n = checked_copies(n0=n0, n=n)
         alpha = self._level(images, n0, n, alpha)
         for row in self._certificates(images, n0, n, alpha, batch_size, seed, indices):
             yield _certificate_of([row], images[0] if images.dim() == 4 else images)
@@ -387,8 +397,6 @@ class SmoothClassifier(nn.Module):
 
     def _level(self, images: Tensor, n0: int, n: int, alpha: float) -> float:
         """What a certificate may spend; ValueError for budgets that could not certify anything."""
-        check_count("n0", n0)
-        check_count("n", n)
         alpha = self._left_of(alpha, images, n0 + n)
         bounds.minimum_successes(n, alpha)
         return alpha
@@ -463,7 +471,7 @@ class SmoothClassifier(nn.Module):
             radius: l2, in pixel units, at least 0.
             alpha: chance of a false certificate.
             n0: noisy copies that choose the class.
-            max_n: most copies drawn after those.
+            max_n: most copies drawn after those, at most 2**32.
             images, seed, indices: as for `predict`; the draws are those of `certify`.
 
         Returns:
@@ -473,24 +481,34 @@ class SmoothClassifier(nn.Module):
             ValueError: for an argument out of its range, and if `max_n` is too small to certify
                 `radius` at `alpha`.
         """
-        check_count("n0", n0)
         check_number("radius", radius)
-        check_count("max_n", max_n)
+        n0, max_n = checked_copies(n0=n0, max_n=max_n)
         if radius > 7 * self.sigma:
             raise ValueError(f"'radius' = {radius:g} is beyond 7 sigma, out of reach of any draws.")
         alpha = self._left_of(alpha, images, n0 + max_n)
         stopping.look_schedule(max_n, self._required(radius), alpha)  # Refuses too few copies.
 
-        def decide(noisy: NoisyImage) -> tuple[bool, int, int]:
-            top = noisy.votes("select", n0).argmax()
-            p0 = self._required(radius, noisy.distance)
+        @functools.cache
+        def rule(distance: float) -> tuple[Sequence[int], Callable[[int, int], int]]:
+            """When to look at an image so far from its point of the grid, and what to decide."""
+            p0 = self._required(radius, distance)
             try:
                 looks = stopping.look_schedule(max_n, p0, alpha)
             except ValueError:
                 # The image lies too far from the point that is voted on.
+                return (), None
+            # Most images have the votes of another: all of them for one class.
+            return looks, functools.cache(
+                lambda count, look: stopping.mixture_decision(count, look, p0, alpha, looks)
+            )
+
+        def decide(noisy: NoisyImage) -> tuple[bool, int, int]:
+            top = noisy.votes("select", n0).argmax()
+            looks, decision_at = rule(noisy.distance)
+            if not looks:
                 return False, top, n0
             for look, counts in noisy.running_votes("estimate", looks):
-                decision = stopping.mixture_decision(counts[top], look, p0, alpha, looks)
+                decision = decision_at(int(counts[top]), look)
                 if decision != stopping.CONTINUE:
                     return decision == stopping.CERTIFY, top, n0 + look
             raise AssertionError("A rule never answers CONTINUE at its last look.")
@@ -533,7 +551,7 @@ class SmoothClassifier(nn.Module):
         precision = "float32" if self.levels != LEVELS else None
         options = self._precision or precision, few, self.num_classes, batch_size
         with forms.voters(self.base_classifier, *options) as (cast, workers):
-            noises = (Noise(seed, int(index), self.sigma, self.levels) for index in indices)
+            noises = (Noise(int(seed), int(index), self.sigma, self.levels) for index in indices)
             yield list(map(NoisyImage, repeat(cast), steps, noises, distances)), workers
 
 
@@ -550,5 +568,5 @@ def _shortened(radius: float, distance: float) -> float:
 def _columns(rows: list, types: tuple[type, ...], images: Tensor) -> list[Tensor]:
     """The rows, one per image, as one tensor (B,) per type; zero-dimensional for one image."""
     columns = zip(*rows, strict=True) if rows else [()] * len(types)
-    tensors = [torch.tensor(c, dtype=t) for c, t in zip(columns, types, strict=True)]
+    tensors = [torch.tensor(c, dtype=t, device="cpu") for c, t in zip(columns, types, strict=True)]
     return [tensor[0] if images.dim() == 3 else tensor for tensor in tensors]

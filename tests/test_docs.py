@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
-from benchmarks import autoattack, cures, published, robust_models, strongest, worst_case
+from benchmarks import autoattack, cures, exact, published, robust_models, strongest, worst_case
 from src.certification import (
     abstain_p_value,
     accuracy_interval,
@@ -139,6 +139,7 @@ TABLES = {
     "cures": lambda: cures.cure_lines(rows_of("cures.csv")),
     "published": lambda: "\n\n".join(published_table(*pair) for pair in PAIRS),
     "bounds": lambda: published.bound_lines(RESULTS),
+    "exact": lambda: exact.exact_lines(rows_of("exact.csv")),
     "differences": lambda: published.difference_lines(rows_of("published_differences.csv")),
 }
 

@@ -311,7 +311,6 @@ def test_any_models_are_compared_from_any_directory(tmp_path, mnist_root):
         (["--model", "a=x.pt", "--smoothed", "y.pt"], "--smoothed has no effect with --model"),
         (["--model", "a=absent.pt"], "no checkpoint absent.pt."),
         (["--image", "x.png", "--resume"], "--resume has no effect with --image"),
-        (["--image", "x.png", "--two-sided"], "--two-sided has no effect with --image"),
         (["--image", "a/x.png", "--image", "b/x.jpg"], "same name"),
     ],
 )

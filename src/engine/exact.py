@@ -73,8 +73,9 @@ class ExactConvNN(WholeLogits):
         network: a ConvNN.
 
     Raises:
-        ValueError: if a weight is not finite, a layer is too wide, or the thresholds are closer
-            than 1/100; and on MPS, which has no float64.
+        ValueError: if a weight is not finite, a variance is negative, a layer is too wide, weights
+            are of extreme sizes, or the thresholds are closer than 1/100; and on MPS, which has no
+            float64.
     """
 
     @torch.no_grad()
@@ -113,6 +114,11 @@ class ExactConvNN(WholeLogits):
 
     @torch.no_grad()
     def logits(self, steps: Tensor) -> Tensor:
+        # Autocast would round the sums.
+        with torch.autocast(steps.device.type, enabled=False):
+            return self._logits(steps)
+
+    def _logits(self, steps: Tensor) -> Tensor:
         low, high, factor, shift, zero = self.pixels
         scaled = steps.clamp(low, high).long() * factor + shift
         values = (scaled >> 16).clamp(0, PIXEL_MOST).float() - zero
@@ -179,6 +185,8 @@ def _folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[np.ndarray, n
     """Kernel (C, 25, inputs) and biases of a convolution with the normalisation after it."""
     statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
     weight, bias, mean, variance = map(_array, statistics)
+    if not (variance + norm.eps > 0).all():
+        raise ValueError("A running variance is negative, so the network has no integers.")
     factor = weight / np.sqrt(variance + norm.eps)
     kernel = _array(convolution.weight.flatten(2)).transpose(0, 2, 1)
     return kernel * factor[:, None, None], bias - mean * factor
@@ -240,7 +248,10 @@ def _with_scale(layer: tuple, out_unit: float) -> tuple:
     Outputs are counted in `out_unit` steps per unit.
     """
     kernel, bias, steps = layer
-    scale = (out_unit / steps).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scale = (out_unit / steps).astype(np.float32)
+    if not np.isfinite(scale).all():
+        raise ValueError("Weights of two layers are too far apart in size for 'exact'.")
     return kernel.astype(np.int8), bias.astype(np.int32), scale
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.checks import check_shape
 from src.engine.lattice import LEVELS, law, limit
 from src.engine.native import compiled
 
@@ -57,7 +58,10 @@ def exact_library(*flags: str) -> ctypes.CDLL | None:
     library.scratch_size.argtypes, library.scratch_size.restype = networks, ctypes.c_size_t
     library.forward.argtypes = [pointer, number, *networks, pointer, pointer]
     library.votes.argtypes = [pointer, *copies, *networks, pointer, pointer]
-    if _answers(library) == ANSWERS:
+    # Whatever device the caller has made the default.
+    with torch.device("cpu"):
+        right = _answers(library) == ANSWERS
+    if right:
         return library
     warnings.warn(
         "The compiled exact.c gives wrong answers here, so exact votes go through torch, which is "
@@ -71,7 +75,7 @@ def draw_copies(
     library: ctypes.CDLL, steps: Tensor, noise, stage: int, first: int, count: int
 ) -> Tensor:
     """What `Noise.copies` returns, with the number of the stage."""
-    out = torch.empty((count, *steps.shape), dtype=torch.int32)
+    out = steps.new_empty((count, *steps.shape), dtype=torch.int32)
     image, copies = _filled_up(steps), _copies(noise, stage)
     cut = limit(noise.levels)
     library.noisy(image.data_ptr(), steps.numel(), cut, *copies, first, count, out.data_ptr())
@@ -116,13 +120,16 @@ class NativeExact:
 
     def logits(self, steps: Tensor) -> Tensor:
         """Whole logits, int64 (B, num_classes), of images (B, 1, 28, 28) in whole steps."""
+        check_shape(steps)
         steps = steps.clamp(-LIMIT, LIMIT).int().contiguous()
-        out = torch.empty((len(steps), self.width), dtype=torch.int64)
+        out = steps.new_empty((len(steps), self.width), dtype=torch.int64)
         self.library.forward(steps.data_ptr(), len(steps), *self._networks(), out.data_ptr())
         return out[:, : self.classes]
 
     def votes(self, steps: Tensor, noise, stage: int, first: int, count: int) -> np.ndarray:
-        """Votes, int64 (num_classes,), on the copies that `draw_copies` returns."""
+        """Votes, int64 (num_classes,), on the copies of (1, 28, 28) that `draw_copies` returns."""
+        # C reads so many pixels, whatever is there.
+        check_shape(steps[None])
         counts, image = np.zeros(self.classes, np.int64), _filled_up(steps)
         copies = *_copies(noise, stage), first, count
         self.library.votes(image.data_ptr(), *copies, *self._networks(), counts.ctypes.data)
@@ -189,7 +196,7 @@ def _made_up_network(hidden: int | None) -> SimpleNamespace:
         (
             numbers(*shape, most=24).to(torch.int8),
             numbers(shape[0], most=999).int(),
-            torch.full(shape[:1], scale),
+            torch.full(shape[:1], scale, dtype=torch.float32),
         )
         for shape, scale in zip(shapes, scales, strict=False)
     ]

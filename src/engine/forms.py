@@ -97,9 +97,10 @@ def voters(
     form = _trusted_form(unwrapped(model), precision)
     if form is not None:
         on_cpu = images.device.type == "cpu"
+        # Here, or every worker would compile it.
+        library = exact_library() if on_cpu else None
         with single_threaded_workers() if on_cpu else nullcontext(IN_TURN) as workers:
             if isinstance(form, WholeLogits):
-                library = exact_library() if on_cpu else None
                 native = NativeExact(form, library) if library else None
                 yield exact_cast(form, native, num_classes), workers
             else:

@@ -32,13 +32,13 @@ _ONE = 1 << _BITS
 class Law(NamedTuple):
     """The noise of a pixel as an alias table (Walker 1974; Vose, IEEE Trans. Softw. Eng. 1991).
 
-    A draw is 64 random bits. The lowest `bits` choose a cell. The other bits, the first 32 - `bits`
-    of which stand above the last 32, are below the cell's threshold for the cell's own number, else
-    they give its alias. The noise is that number plus `lowest`.
+    A draw is two random numbers u and v of 32 bits. The lowest `bits` of u choose a cell c. If
+    (u >> bits, v) < the threshold of c, a pair as well, the number drawn is c, else the alias of c.
+    The noise is that number plus `lowest`.
     """
 
-    entries: np.ndarray  # uint32 (2**bits,): threshold, upper part, above the alias
-    lower: np.ndarray  # uint32 (2**bits,): the last 32 bits of the threshold
+    entries: np.ndarray  # uint32 (2**bits,): first of the threshold << bits | alias
+    lower: np.ndarray  # uint32 (2**bits,): second of the threshold
     bits: int
     lowest: int
     distance: float  # from the exact law, in total variation, at most

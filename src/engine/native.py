@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from src.checks import check_shape
 from src.engine.parts import VotingOutput, apply_thresholds
 
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
-# A compiler that takes longer hangs. It is not asked again.
-COMPILER_SECONDS = 20
+# A compiler that takes longer hangs. It is not asked again. Without vector instructions `exact.c`
+# takes 4 seconds, and several times that on a busy machine.
+COMPILER_SECONDS = 60
 _HANGING_COMPILERS: set[str] = set()
 
 
@@ -121,6 +123,11 @@ def compiled(source: str, *flags: str) -> ctypes.CDLL | None:
             return ctypes.CDLL(str(target))
     except subprocess.TimeoutExpired:
         _HANGING_COMPILERS.add(compiler)
+        warnings.warn(
+            f"The compiler {compiler} took more than {COMPILER_SECONDS} s, so everything goes "
+            "through torch, which is slow: choose another one with the environment variable CC.",
+            stacklevel=3,
+        )
     except (OSError, ValueError, subprocess.SubprocessError):
         # There is no compiler, or it cannot make this library.
         pass

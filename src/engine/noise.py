@@ -108,12 +108,25 @@ def sampler_cost(sigma: float, pixels: int, draws: int, levels: int = LEVELS) ->
 def check_numbers(seed: int, indices) -> None:
     """Raise ValueError unless seed and numbers of images fit into their fields."""
     check_count("seed", seed, 0)
-    if seed >= 2**64:
+    # As int: a tensor cannot be compared with numbers of this size.
+    if int(seed) >= 2**64:
         raise ValueError(f"'seed' = {seed} must be below 2**64.")
     for index in indices:
         check_count("indices", index, 0)
-        if index >= 2**32:
+        if int(index) >= 2**32:
             raise ValueError(f"'indices' holds {index}; numbers of images must be below 2**32.")
+
+
+def checked_copies(**counts: int) -> list[int]:
+    """The numbers of noisy copies as int; ValueError, with the name, for one that does not fit.
+
+    Beyond 2**32 the field of the copy would start again, and copies would repeat others.
+    """
+    for name, count in counts.items():
+        check_count(name, count)
+        if int(count) > 2**32:
+            raise ValueError(f"'{name}' = {count} must be at most 2**32, or copies would repeat.")
+    return list(map(int, counts.values()))
 
 
 def check_levels(levels: int) -> None:
@@ -129,9 +142,14 @@ def to_grid(images: Tensor, levels: int = LEVELS) -> tuple[Tensor, list[float]]:
     The distance is l2 in pixel units, rounded up. A pixel that is float32(k / levels) counts as on
     the grid.
     """
-    exact = images.detach().cpu().double()
-    steps = (exact * levels).round()
-    on_grid = exact.float() == (steps / levels).float()
-    moved = (exact - steps / levels).masked_fill_(on_grid, 0).flatten(1)
-    distances = moved.norm(dim=1) * (1 + 1e-9)
-    return steps.int().to(images.device), distances.tolist()
+    steps, distances = torch.empty(images.shape, dtype=torch.int32, device="cpu"), []
+    # Float64 takes much memory, so a few images at once.
+    size = max(1, 2**20 // max(1, images.shape[1:].numel()))
+    for part, into in zip(images.detach().split(size), steps.split(size), strict=True):
+        exact = part.cpu().double()
+        nearest = (exact * levels).round()
+        on_grid = exact.float() == (nearest / levels).float()
+        moved = (exact - nearest / levels).masked_fill_(on_grid, 0).flatten(1)
+        distances += (moved.norm(dim=1) * (1 + 1e-9)).tolist()
+        into.copy_(nearest)
+    return steps.to(images.device), distances

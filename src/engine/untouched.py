@@ -129,8 +129,10 @@ def _probe() -> Tensor:
     """16 images (16, 1, 28, 28) of random pixels, half of them with noise added."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
-        images = torch.rand((16, 1, 28, 28), generator=generator)
-        images[8:] += torch.randn((8, 1, 28, 28), generator=generator)
+        # The type and the device are not left to the caller's defaults.
+        options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        images = torch.rand((16, 1, 28, 28), **options)
+        images[8:] += torch.randn((8, 1, 28, 28), **options)
     return images
 
 

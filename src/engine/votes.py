@@ -53,7 +53,8 @@ class NoisyImage(NamedTuple):
         """
         # In floats rounding depends on the batch: whole batches, whatever the number of workers.
         size = block_size(self.steps.device)
-        size *= max(1, min(TASK, -(-n // workers.number)) // size)
+        # Every task takes memory until the last one ends, so there are at most 10,000 or so.
+        size *= max(1, min(max(TASK, n // 10_000), -(-n // workers.number)) // size)
 
         def count(first: int) -> np.ndarray:
             return self.cast(self.steps, self.noise, stage, first, min(size, n - first))

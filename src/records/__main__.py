@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = [str(error)]
     if problems:
         sys.exit("\n".join(f"error: {args.path}: {problem}" for problem in problems))
-    print(f"{args.path}: {len(read_rows(args.path))} rows, nothing wrong")
+    rows = len(read_rows(args.path))
+    again = f"; {min(args.redraw, rows)} drawn again, the same" * bool(args.redraw)
+    print(f"{args.path}: {rows} rows, nothing wrong{again}")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def attack_models(
     balls = [(o["norm"], o["epsilon"]) for o in options if {"norm", "epsilon"} <= o.keys()]
     evaluations, radii = {}, radii_with(*balls)
     for name, model in models.items():
-        print(f"Attacking the {name} model on {len(indices)} test images")
+        print(f"Attacking {name} on {len(indices)} test images")
         found = attack_evaluation(model, test, indices, indices, steps=steps, radii=radii)
         evaluations[name] = found
         print(warning_lines(found["warnings"]))
@@ -137,7 +137,7 @@ def certify_models(
         trained = getattr(model, "facts", {}).get("sigma", sigma)
         note = f", trained at sigma = {trained:g}" if trained != sigma else ""
         print(
-            f"Certifying the {name} model, {clean:.2%} correct on clean images "
+            f"Certifying {name}, {clean:.2%} correct on clean images "
             f"({smooth.precision}; float32: {in_floats:.2%}){note}"
         )
         rows[name] = certify_dataset(
@@ -226,7 +226,7 @@ def challenge_models(
         smooth = SmoothClassifier(models[name], sigma, precision=precision)
         broken, tried = challenge_certificates(smooth, test, rows, images=images, seed=seed)
         allowed = broken_allowed(tried, float(rows[0]["alpha"]))
-        print(f"{name}: {broken} of {tried} certificates broken by attack, {allowed} allowed")
+        print(f"{name}: {broken} of {tried} certificates broken by attack; alpha allows {allowed}")
         if broken > allowed:
             excessive.append(name)
     if excessive:

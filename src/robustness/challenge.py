@@ -16,6 +16,7 @@ from src.checks import (
     check_labels,
     check_number,
 )
+from src.engine.noise import to_grid
 from src.engine.untouched import evaluation_form
 from src.methods.smoothing import mean_log_softmax
 from src.models import ABSTAIN, SmoothClassifier
@@ -135,7 +136,8 @@ def challenge_certificates(
         # Restarts as a batch: the same image, with a start and noise of its own each time.
         image = dataset.tensors[0][int(row["index"])].to(device).expand(restarts, -1, -1, -1)
         label = torch.full((restarts,), int(row["prediction"]), device=device)
-        radius = torch.full((restarts,), shown_radius(row) * stretch, device=device)
+        # In float64: as float32 it may be larger.
+        radius = torch.tensor([shown_radius(row) * stretch] * restarts, dtype=torch.float64)
         found = smoothed_attack(smooth, image, label, radius, generator=generator)
         found, inside = on_grid(found, image[0], radius, smooth.levels)
         # A seed of its own: votes with the noise of the certificate would repeat its luck.
@@ -152,7 +154,10 @@ def on_grid(points: Tensor, image: Tensor, radii: Tensor, levels: int) -> tuple[
     image, it is first moved a little towards the image. `inside`, (B,) on the CPU, says whether it
     is within its radius then.
     """
-    start, limit = image.cpu().double(), radii.cpu().double()
+    steps, (distance,) = to_grid(image[None], levels)
+    # float32(k / 255) stands for k / 255, around which the ball lies.
+    start = image.cpu().double() if distance else steps[0].cpu().double() / levels
+    limit = radii.cpu().double()
     change = points.cpu().double() - start
 
     def rounded(change: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.engine import exact_native
+from src.engine import exact_native, untouched
 from src.engine.exact import (
     FEATURE_MOST,
     GROUP_LIMIT,
@@ -473,3 +473,91 @@ def test_a_wrapped_network_votes_in_whole_numbers_too():
     assert smooth.exact
     expected = SmoothClassifier(trained(), 0.5, precision="exact").certify(images, n=500)
     assert torch.equal(smooth.certify(images, n=500).top_count, expected.top_count)
+
+
+@pytest.fixture(params=["float64", "bfloat16", "meta"])
+def defaults(request):
+    """Other defaults of torch: a type of numbers, or a device."""
+    if request.param == "meta":
+        with torch.device("meta"):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, request.param))
+    yield
+    torch.set_default_dtype(before)
+
+
+@in_c
+def test_the_library_and_the_votes_are_the_same_under_any_defaults(defaults):
+    # The stored answers were once made in the default type, and the right library refused.
+    assert exact_library.__wrapped__("-O1") is not None
+
+
+def test_votes_do_not_depend_on_the_defaults(defaults):
+    untouched._probe.cache_clear()
+    with torch.device("cpu"):
+        network, images = trained().float(), images_of(2).float().clamp(0, 1)
+    smooth = SmoothClassifier(network, 0.5)
+    assert smooth.exact
+    found = smooth.certify(images, n=300)
+    assert all(field.device.type == "cpu" for field in found)
+    with torch.device("cpu"):
+        assert torch.equal(found.top_count, smooth.certify(images, n=300).top_count)
+
+
+def test_autocast_rounds_no_whole_number(network):
+    form, steps = ExactConvNN(network), steps_of()
+    expected = form.logits(steps), form(steps / 255)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(form.logits(steps), expected[0])
+        assert torch.equal(form(steps / 255), expected[1])
+
+
+class SameLayers(nn.Module):
+    """The layers of a ConvNN under their names, in a class of one's own."""
+
+    def __init__(self, **config):
+        super().__init__()
+        made = ConvNN(**config)
+        self.config, self.thresholds, self.hidden = made.config, None, None
+        for name, layer in made.named_children():
+            setattr(self, name, layer)
+
+    def forward(self, images):
+        return ConvNN.forward(self, images)
+
+    def inference_form(self, precision):
+        return ConvNN.inference_form(self, precision)
+
+
+@pytest.mark.parametrize("shape", [(1, 14, 14), (1, 28, 27), (3, 56, 56)])
+def test_images_of_another_shape_are_never_read_by_the_library(shape):
+    # C would read 784 pixels of whatever lies there, and certify an image that was never given.
+    smooth = SmoothClassifier(SameLayers().eval(), 0.5)
+    assert smooth.exact
+    with pytest.raises(ValueError, match=r"expected \(B, 1, 28, 28\)"):
+        smooth.certify(torch.zeros(shape), n=100)
+
+
+def test_a_network_of_nans_has_no_whole_numbers():
+    # Its state is finite. Every logit is NaN, a vote for no class; whole numbers would name one.
+    network = trained()
+    network.norm1.running_var.fill_(-1.0)
+    with pytest.raises(ValueError, match="variance is negative"):
+        ExactConvNN(network)
+    smooth = SmoothClassifier(network, 0.5)
+    assert not smooth.exact
+    assert smooth.certify(torch.zeros(1, 28, 28), n=100).top_count == 0
+
+
+def test_layers_too_far_apart_in_size_are_refused():
+    # The scale between them would be infinite, and 0 times it NaN in torch, but not in C.
+    network = trained()
+    network.norm1.weight.data.fill_(1e30)
+    network.conv2.weight.data.fill_(1e30)
+    network.norm2.weight.data.fill_(1e-9)
+    network.norm2.bias.data.fill_(0)
+    network.norm2.running_var.fill_(1e-30)
+    with pytest.raises(ValueError, match="too far apart"):
+        ExactConvNN(network)

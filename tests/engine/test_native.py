@@ -172,13 +172,34 @@ def test_a_compiler_that_hangs_is_given_up_once_with_its_children(fresh, monkeyp
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setattr("src.engine.native.COMPILER_SECONDS", 0.5)
     start = time.monotonic()
-    assert [library() for library in LIBRARIES] == [None, None]
+    # Silence would cost a long run its speed.
+    with pytest.warns(UserWarning, match=r"took more than 0\.5 s.* CC"):
+        assert [library() for library in LIBRARIES] == [None, None]
     assert time.monotonic() - start < 5
     (child,) = started.read_text().split()
     # A moment later it has ended, or is a zombie that waits for its new parent.
     time.sleep(0.2)
     state = Path("/proc", child, "stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_workers_do_not_compile_the_noise_each_for_itself(monkeypatch):
+    asked, threads = [], torch.get_num_threads()
+
+    def slow(source, *_):
+        asked.append(source)
+        time.sleep(0.1)
+
+    monkeypatch.setattr("src.engine.exact_native.compiled", slow)
+    exact_library.cache_clear()
+    try:
+        torch.set_num_threads(4)
+        smooth = SmoothClassifier(trained(), 0.5, precision="float32")
+        smooth.certify(torch.zeros(1, 28, 28), n0=512, n=512)
+    finally:
+        torch.set_num_threads(threads)
+        exact_library.cache_clear()
+    assert asked == ["exact.c"]
 
 
 def test_another_shape_is_refused():

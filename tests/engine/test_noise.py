@@ -1,5 +1,6 @@
 """The noise: its generator, its law, its fields, and the same bits everywhere."""
 
+import itertools
 from fractions import Fraction
 from itertools import product
 
@@ -9,12 +10,13 @@ import torch
 from scipy import stats
 from torch import nn
 
-from src.certification import bounds
+from src.certification import bounds, stopping
 from src.engine import exact_native, noise
 from src.engine.exact import ExactConvNN
 from src.engine.lattice import LEVELS, law, limit
 from src.engine.native import compiled
 from src.engine.noise import STAGES, Noise, philox, sampler_cost, to_grid
+from src.engine.votes import NoisyImage, Workers
 from src.models import ABSTAIN, ConvNN, SmoothClassifier
 from tests.engine.test_lattice import masses
 
@@ -211,6 +213,62 @@ def test_numbers_that_do_not_fit_their_field_are_refused(arguments):
             call(torch.zeros(1, 1, 28, 28), n=100, **arguments)
 
 
+@pytest.mark.parametrize("name", ["n0", "n", "max_n"])
+def test_more_copies_than_their_field_holds_are_refused(name, monkeypatch):
+    # Copy 2**32 would be copy 0 again, at a cost of the sampler that alpha = 0.01 covers.
+    smooth, image = SmoothClassifier(ConvNN().eval(), 0.5), torch.zeros(1, 28, 28)
+    assert smooth.sampler_cost(784, 2**32 + 1) < 0.01
+    monkeypatch.setattr(NoisyImage, "votes", lambda *_: pytest.fail("copies were drawn"))
+    calls = [smooth.certify_radius] if name == "max_n" else [smooth.certify]
+    options = {"radius": 0.1} if name == "max_n" else {}
+    calls += [smooth.predict] if name == "n" else []
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"'{name}' = 4294967297 .*2\*\*32"):
+            call(image, **options, alpha=0.01, **{name: 2**32 + 1})
+    assert noise.checked_copies(n0=1, n=2**32) == [1, 2**32]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint64, torch.tensor])
+def test_whole_numbers_of_any_type_count_as_what_they_are(kind):
+    smooth, images = SmoothClassifier(ConvNN().eval(), 0.5), torch.zeros(2, 1, 28, 28)
+    expected = smooth.certify(images, 90, 120, seed=200, indices=[3, 4])
+    given = {"seed": kind(200), "indices": [kind(3), kind(4)]}
+    found = smooth.certify(images, kind(90), kind(120), **given)
+    assert all(map(torch.equal, found, expected))
+    decided = smooth.certify_radius(images, 0.1, n0=kind(90), max_n=kind(120), seed=kind(200))
+    again = smooth.certify_radius(images, 0.1, n0=90, max_n=120, seed=200)
+    assert all(map(torch.equal, decided, again))
+
+
+def test_many_large_images_need_no_more_memory_than_a_few(monkeypatch):
+    # Float64 of all of them at once would be five times what is given.
+    images, seen = torch.rand(40, 3, 128, 128), []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda t: seen.append(t.numel()) or double(t))
+    steps, distances = to_grid(images)
+    assert max(seen) <= 2**20 < images.numel()
+    monkeypatch.undo()
+    assert torch.equal(steps, (images.double() * 255).round().int())
+    assert distances == [to_grid(image[None])[1][0] for image in images]
+    assert to_grid(images[:0])[0].shape == (0, 3, 128, 128)
+
+
+def test_the_number_of_tasks_does_not_grow_with_the_copies():
+    # Each keeps some memory until the last one ends.
+    sizes = []
+
+    def cast(steps, of, stage, first, count):
+        sizes.append((first, count))
+        return count
+
+    image = NoisyImage(cast, torch.zeros(1, 28, 28, dtype=torch.int32), Noise(0, 0, 0.5))
+    for n in (1, 100, 100_000, 10**9 + 1):
+        sizes.clear()
+        assert image.votes("estimate", n, Workers(map, 2)) == n
+        assert len(sizes) <= 10_100
+        assert all(a + b == c for (a, b), (c, _) in itertools.pairwise(sizes))
+
+
 def test_the_sampler_is_paid_out_of_alpha():
     n0, n, alpha = 10, 1000, 0.01
     cost = sampler_cost(0.5, 784, n0 + n)
@@ -236,7 +294,10 @@ def test_float32_multiples_of_the_grid_lie_on_it():
 
 
 def test_an_image_off_the_grid_loses_its_distance():
-    smooth = SmoothClassifier(ConvNN().eval(), 0.5)
+    network = ConvNN().eval()
+    # All votes are for one class.
+    torch.nn.init.constant_(network.output.bias[3:4], 100.0)
+    smooth = SmoothClassifier(network, 0.5)
     on, off = torch.full((1, 28, 28), 128 / 255), torch.full((1, 28, 28), 0.5)
     near, far = (smooth.certify(image, n=2000) for image in (on, off))
     distance = 28 * 0.5 / 255
@@ -244,13 +305,13 @@ def test_an_image_off_the_grid_loses_its_distance():
     for name in ("radius", "radius_tight"):
         lost = getattr(near, name) - getattr(far, name)
         assert distance <= lost < distance * (1 + 1e-6)
-    # What is left must be certified in other ways too.
-    edge = far.radius.item()
-    for radius, expected in ((edge * 0.5, True), (edge + distance, False)):
-        assert smooth.certify_radius(off, radius, max_n=4000).certified == expected
-    assert smooth.certify_radius(on, edge + distance / 2, max_n=4000).certified
+    # The anytime rule loses it too. The largest radius that 4,000 copies certify:
+    most = float(bounds.maximum_radius(0.5, 4000, stopping.LAST_SHARE * 0.001)) - 1e-6
+    assert smooth.certify_radius(on, most, max_n=4000).certified
+    assert smooth.certify_radius(off, most - distance * 1.01, max_n=4000).certified
+    assert not smooth.certify_radius(off, most - distance * 0.99, max_n=4000).certified
     # A finer grid holds 1/2.
-    finer = SmoothClassifier(ConvNN().eval(), 0.5, precision="float32", levels=510)
+    finer = SmoothClassifier(network, 0.5, precision="float32", levels=510)
     assert to_grid(off[None], 510)[1] == [0.0]
     assert finer.certify(off, n=2000).radius > 0
 

@@ -14,7 +14,7 @@ from src.models import ConvNN, SmoothClassifier
 from src.records.certify import certificate_settings, off_grid
 from src.records.recording import record_certificates
 from src.records.redrawing import redraw
-from src.records.rows import read_rows, verify, write_rows
+from src.records.rows import OLDER, read_rows, verify, write_rows
 from src.records.twins import read_twin, write_twin
 from src.training_and_evaluation import evaluate_robustness
 from src.utils import load_mnist
@@ -91,11 +91,16 @@ def test_exact_votes_must_be_equal_in_every_form(recorded, mnist_root, tmp_path,
         assert len(problems) == exact
 
 
-def test_rows_of_older_releases_are_not_drawn_again(mnist_root):
+@pytest.mark.parametrize("older", OLDER)
+def test_rows_of_older_releases_are_not_drawn_again(older, tmp_path, mnist_root):
     results = Path(__file__).resolve().parents[2] / "reference"
-    path = results / "results" / "smoothing_best_0.25_certificates.csv"
+    name = "smoothing_gaussian_0.25"
+    twin = read_twin(results / "results" / f"{name}_certificates.json")
+    path = tmp_path / "older.csv"
+    path.write_text(",".join(older) + "\n")
+    write_twin(path.with_suffix(".json"), twin)
     with pytest.raises(ValueError, match="older release"):
-        redraw(path, 1, results / "models" / "smoothing_best_0.25.pt", mnist_root)
+        redraw(path, 1, results / "models" / f"{name}.pt", mnist_root)
 
 
 def test_the_twin_says_what_the_sampler_costs_and_how_far_the_images_are_off_the_grid(monkeypatch):

@@ -85,6 +85,33 @@ def test_the_points_that_are_voted_on_lie_in_the_ball(off, levels):
     assert on_grid(points, grey, (points - grey).flatten(1).norm(dim=1) * (1 + 1e-6), 255)[1].all()
 
 
+def test_a_point_is_outside_its_ball_by_whatever_little():
+    # Images are float32(k / 255), but the ball is around k / 255; radii have all their digits.
+    length = torch.tensor([50 / 255], dtype=torch.float64)
+    for grey in range(206):
+        image, point = torch.full((2, 1, 28, 28), grey / 255)
+        point[0, 3, 4] = (grey + 50) / 255
+        for radius, reached in ((length * (1 - 1e-12), False), (length * (1 + 1e-12), True)):
+            found, inside = on_grid(point[None], image, radius, 255)
+            assert inside.all()
+            moved = (to_grid(found)[0] - to_grid(image[None])[0]).abs().sum()
+            assert (moved == 50) == reached
+
+
+def test_a_radius_keeps_all_its_digits_in_a_challenge(certified, monkeypatch):
+    seen = []
+
+    def recorded(points, image, radii, levels):
+        seen.extend(radii.tolist())
+        return on_grid(points, image, radii, levels)
+
+    monkeypatch.setattr("src.robustness.challenge.on_grid", recorded)
+    smooth, dataset, rows = certified
+    challenge_certificates(smooth, dataset, rows, images=2, restarts=1, n=50, progress=False)
+    assert seen
+    assert set(seen) <= {row["radius_tight"] for row in rows}
+
+
 def test_attack_stays_in_ball_and_box_and_reaches_the_boundary(certified):
     smooth, dataset, _ = certified
     images, labels = dataset.tensors
