@@ -1,6 +1,6 @@
 """ConvNN in whole numbers from the first layer to the last: one function on every machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,10 +33,8 @@ class WholeLogits(nn.Module):
 
     num_classes: int
     unit: float
-
-    def logits(self, steps: Tensor) -> Tensor:
-        """Whole logits (B, num_classes), float64 or int64, of images (B, 1, 28, 28) in steps."""
-        raise NotImplementedError
+    # Images (B, 1, 28, 28) in steps -> whole logits (B, num_classes), float64 or int64.
+    logits: Callable[[Tensor], Tensor]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float64 (B, num_classes), of images (B, 1, 28, 28) moved to the grid.

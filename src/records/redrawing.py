@@ -63,7 +63,7 @@ def redraw(
         raise ValueError(f"{path} cannot be drawn again: its twin has no {min(missing)}.")
     if older_columns(read_exactly(Path(path))):
         raise ValueError(f"{path} cannot be drawn again: it is of an older release.")
-    precision, classes = settings["precision"], settings.get("num_classes", NUM_CLASSES)
+    classes = settings.get("num_classes", NUM_CLASSES)
     # Exact votes are the same on every device; the CPU is the fastest.
     device = get_device("cpu" if settings.get("exact") else settings.get("device", "cpu"))
     if model is None:
@@ -83,24 +83,30 @@ def redraw(
         )
     # Fresh entropy: whoever alters a row must not know which rows are drawn again.
     chosen = np.random.default_rng().choice(len(found), min(rows, len(found)), replace=False)
-    form, recorded = form_name(model, precision), settings.get("form")
+    problems = (
+        _difference(found[number], model, test, settings, classes) for number in sorted(chosen)
+    )
+    return [problem for problem in problems if problem]
+
+
+def _difference(
+    row: dict, model: nn.Module, dataset: TensorDataset, settings: dict, classes: int
+) -> str:
+    """How a row differs from the same one drawn again, a sentence; "" if it does not."""
+    precision, recorded = settings["precision"], settings.get("form")
+    options = {"precision": precision, "levels": settings.get("levels", LEVELS)}
+    smooth = SmoothClassifier(model, float(row["sigma"]), classes, **options)
+    budget = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
+    budget |= {"seed": int(row["seed"]), "indices": [int(row["index"])], "progress": False}
+    (again,) = evaluate_robustness(smooth, dataset, **budget)
+    form, few = form_name(model, precision), int(row["n"]) * OTHER_FORM // 1000 + 2
     same = settings.get("exact") is True or form == recorded
+    if is_same_draw(row, again, 0 if same else few):
+        return ""
     hint = "" if form == recorded else f"; the form was {recorded!r}, here it is {form!r}"
-    problems = []
-    for row in (found[number] for number in sorted(chosen)):
-        options = {"precision": precision, "levels": settings.get("levels", LEVELS)}
-        smooth = SmoothClassifier(model, float(row["sigma"]), classes, **options)
-        budget = {"n0": int(row["n0"]), "n": int(row["n"]), "alpha": float(row["alpha"])}
-        budget |= {"seed": int(row["seed"]), "indices": [int(row["index"])], "progress": False}
-        (again,) = evaluate_robustness(smooth, test, **budget)
-        few = int(row["n"]) * OTHER_FORM // 1000 + 2
-        if not is_same_draw(row, again, 0 if same else few):
-            close = "model_class" in settings and is_same_draw(row, again, few)
-            why = "; a few votes of a network in floats may depend on threads and processor"
-            problems.append(
-                f"image {row['index']} drawn again gives another row{hint or why * close}"
-            )
-    return problems
+    if not hint and "model_class" in settings and is_same_draw(row, again, few):
+        hint = "; a few votes of a network in floats may depend on threads and processor"
+    return f"image {row['index']} drawn again gives another row{hint}"
 
 
 def _other_model(model: nn.Module, dataset: TensorDataset, settings: dict, classes: int) -> str:
