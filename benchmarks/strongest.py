@@ -115,7 +115,7 @@ def judged(name: str, norm: str, epsilon: float, network: nn.Module, batch, args
         "clean": int(correct(network, batch).sum()),
         **{way: int(standing.sum()) for way, standing in hits.items()},
         "both": int((hits["autoattack"] & hits["ours"]).sum()),
-        "autoattack_or_quick": int((hits["autoattack"] != hits["quick"]).sum()),
+        "autoattack_quick_differ": int((hits["autoattack"] != hits["quick"]).sum()),
         **{f"{way}_seconds": round(took, 1) for way, took in seconds.items()},
         "threads": torch.get_num_threads(),
         "device": device.type,

@@ -227,7 +227,15 @@ def default_run_words():
     eights = sum(row["prediction"] == "8" for row in seen)
     far = [row for row in seen if row["correct"] == "1" and shown_radius(row) >= 1]
     of_eights = sum(row["label"] == "8" for row in far)
+    every = rows_of("all_images/randomized_smoothing_certificates.csv")
+    tight, by_certify = (
+        average_certified_radius(*columns_of(every)) for columns_of in (shown, columns)
+    )
+    at_one = sum(row["correct"] == "1" and shown_radius(row) >= 1 for row in every)
+    low, high = map(float, accuracy_interval(at_one, len(every)))
     return [
+        f"{tight:.4f} ({by_certify:.4f} by CERTIFY), and "
+        f"{percent(at_one / len(every), low, high).replace(' ', ' % ', 1)} are certified",
         f"{share(standing[0], len(linf))} % ({standing[0]} of {len(linf)}), and PGD leaves "
         f"{pgd:.1f} %",
         f"{standing[1]} of {len(l2)} images stand at ℓ2 2",
