@@ -64,6 +64,10 @@ RECIPE_adversarial_multi_step := $(BIN)/python main_adv_training.py --attack pgd
 RECIPE_adversarial_l2 := $(BIN)/python main_adv_training.py --norm l2 --attack pgd --steps 7 \
   --channels 24 48 --optimizer muon --epochs 24
 RECIPE_standard := $(BIN)/python main_training.py
+# Each is the recipe of that name but for the thresholds.
+RECIPE_control_single_step := $(RECIPE_adversarial_single_step) --no-thresholds
+RECIPE_control_multi_step := $(RECIPE_adversarial_multi_step) --no-thresholds
+RECIPE_control_standard := $(RECIPE_standard) --thresholds 0.4 0.6
 RECIPE = $(RECIPE_$(firstword $(subst _seed, ,$(NAME))))
 
 # One that was stopped while it certified goes on with its own command and --resume.
@@ -76,7 +80,7 @@ REFERENCE := $(foreach sigma,0.25 0.50 1.00,smoothing_gaussian_$(sigma)) \
   $(foreach seed,"" _seed1 _seed2,smoothing_best_0.50$(seed) smoothing_best_1.00$(seed)) \
   smoothing_two_cores_0.50 smoothing_two_cores_1.00 \
   $(foreach seed,"" _seed1 _seed2,adversarial_single_step$(seed) adversarial_multi_step$(seed)) \
-  adversarial_l2 standard
+  adversarial_l2 standard control_single_step control_multi_step control_standard
 
 reference: $(VENV)/ready ## the committed models and their certificates again (13 hours on two cores)
 	$(BIN)/python -m src.mnist.files

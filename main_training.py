@@ -11,6 +11,7 @@ from pathlib import Path
 
 from src.checkpoints import save_checkpoint
 from src.command_line import (
+    number,
     parse,
     reserved,
     run,
@@ -35,10 +36,12 @@ def main(argv=None):
     device = get_device(args.device)
     seed_everything(args.seed)
     *training, test = load_training_data(args.data, args.held_out, quick=args.quick)
+    # Everything that may be refused comes before earlier rows are moved.
+    model = ConvNN(args.channels, args.hidden, thresholds=args.thresholds).to(device)
     with reserved(args, "attacks", "smallest_epsilons"):
         # Before the training: the commit may change while it runs.
         facts = provenance(Path(__file__).stem, args, argv)
-        model, history = train(*training, args, device)
+        history = train(model, *training, args)
         if is_main():
             facts |= {"seconds": history["epochs"][-1]["seconds"]}
             save_checkpoint(Path(args.models) / f"{args.name}.pt", model, **facts)
@@ -49,22 +52,24 @@ def main(argv=None):
             print(f"Figures in {args.figures}/, rows in {args.results}/, model in {args.models}/")
 
 
-def train(images, held_out, args, device):
-    """The network trained as the options say, and the history of its training."""
+def train(model, images, held_out, args):
+    """Train the network as the options say; returns the history of its training."""
+    device = next(model.parameters()).device
     print(f"Standard training of ConvNN {args.channels} on {len(images):,} images, {device}")
-    model = ConvNN(args.channels, args.hidden).to(device)
-    history = train_model(
+    return train_model(
         model,
         images,
         watch=lambda model: {"clean": accuracy(model, held_out)},
         **training_arguments(args),
     )
-    return model, history
 
 
 def option_parser():
     parser = script_parser(__doc__, "python main_training.py --epochs 20 --name longer")
     training_options(parser, name=NAME, epochs=12)
+    cuts = "pixels become 0 up to the first, 1 from the second on; default: left as they are"
+    unit = number(0, 1, with_low=True, with_high=True)
+    parser.adder("training")("--thresholds", type=unit, nargs=2, help=cuts)
     return parser
 
 

@@ -183,6 +183,7 @@ def test_names_are_beginnings_of_files(text):
         (main_adv_training, ["--beta", "1e308"]),
         (main_adv_training, ["--warp", "1"]),
         (main_training, ["--warp", "1e308"]),
+        (main_training, ["--thresholds", "0.4", "1.1"]),
         (main_training, ["--shift", "28"]),
         (main_training, ["--channels", "16", str(10**30)]),
         (main_training, ["--hidden", str(10**30)]),
@@ -322,6 +323,7 @@ def test_rows_of_another_script_do_not_stay_beside_a_new_model(tmp_path):
         (main_random_smoothing, ["--epsilon", "1"]),
         (main_random_smoothing, ["--consistency", "2"]),
         (main_adv_training, ["--thresholds", "1", "0"]),
+        (main_training, ["--thresholds", "1", "0"]),
     ],
 )
 def test_what_is_refused_late_moves_no_rows(script, words, tmp_path, mnist_root, monkeypatch):
