@@ -9,7 +9,8 @@ The committed certificates of main_compare.py are drawn beside them, to the figu
 
 With --peers, a file of those per-image rows (tab-separated: dataset, sigma, method, idx, label,
 predict, radius, correct), it also writes the differences of the average certified radius on the
-same images with their bootstrap intervals to reference/results/published_differences.csv.
+same images with their bootstrap intervals to reference/results/published_differences.csv: ours
+minus the published ones, and the ensemble minus its members.
 
 Run: python -m benchmarks.published
 """
@@ -33,7 +34,8 @@ from src.reports.tables import format_table, summarise
 REFERENCE = Path("reference")
 # Recipe in the file name -> in the tables; "two cores" is the best with fewer epochs.
 OURS = {"gaussian": "gaussian", "best": "best", "two_cores": "two cores"}
-DRAWN = ("here, gaussian", "here, best")
+BEST, ENSEMBLE = "here, best", "here, ensemble"
+DRAWN = ("here, gaussian", BEST)
 SIGMAS = (0.25, 0.5, 1.0)
 # Folder of certificates of so many images.
 FOLDERS = {500: Path("results"), 10_000: Path("results/all_images")}
@@ -52,7 +54,8 @@ def our_rows(sigma: float, results: Path) -> dict[str, list[dict]]:
         for path in sorted(results.glob(f"smoothing_{kind}_{sigma:.2f}*_certificates.csv")):
             seed = path.stem.removesuffix("_certificates").partition("_seed")[2]
             found[f"here, {recipe}" + (f", seed {seed}" if seed else "")] = read_rows(path)
-    return found
+    ensemble = certificates_path(results / f"ensemble_{sigma:.2f}", "ensemble")
+    return found | ({ENSEMBLE: read_rows(ensemble)} if ensemble.exists() else {})
 
 
 def by_recipe(ours: Mapping[str, Sequence[Mapping]]) -> dict[str, dict[str, Sequence[Mapping]]]:
@@ -146,8 +149,8 @@ def difference_lines(rows: Iterable[Mapping]) -> str:
 def differences(peers: Path) -> list[dict]:
     """Ours minus each published method on the same images, with the bootstrap's interval.
 
-    Of a recipe with several seeds it is each image's mean over them that is compared: the interval
-    is about other images, not about other seeds.
+    The ensemble is compared with its members too. Of a recipe with several seeds it is each image's
+    mean over them that is compared: the interval is about other images, not about other seeds.
     """
     published: dict[tuple, dict[int, float]] = {}
     with gzip.open(peers, "rt") if peers.suffix == ".gz" else peers.open() as stream:
@@ -156,19 +159,32 @@ def differences(peers: Path) -> list[dict]:
                 radii = published.setdefault((float(row["sigma"]), row["method"]), {})
                 radii[int(row["idx"])] = float(row["radius"]) * int(row["correct"])
     found = []
-    for (sigma, method), folder in itertools.product(published, FOLDERS.values()):
-        theirs = published[sigma, method]
-        for recipe, runs in by_recipe(our_rows(sigma, REFERENCE / folder)).items():
+    for sigma, folder in itertools.product(SIGMAS, FOLDERS.values()):
+        recipes = by_recipe(our_rows(sigma, REFERENCE / folder))
+        others = {method: radii for (at, method), radii in published.items() if at == sigma}
+        for recipe, runs in recipes.items():
+            own = radii_of(runs)
             # The plain training is beside the plain one only.
-            if "gaussian" in recipe and method != "gaussian":
-                continue
-            indices = [int(row["index"]) for row in runs[recipe]]
-            own = mean_radii(runs.values())
-            mean, low, high = paired_difference_interval(own, [theirs[index] for index in indices])
-            name = recipe if len(runs) == 1 else f"{recipe}, {len(runs)} seeds"
-            row = {"sigma": sigma, "ours": name, "method": method}
-            found.append(row | {"images": len(own), "mean": mean, "low": low, "high": high})
+            beside = {"gaussian": others["gaussian"]} if "gaussian" in recipe else dict(others)
+            if recipe == ENSEMBLE:
+                beside[named(BEST, recipes[BEST])] = radii_of(recipes[BEST])
+            for method, theirs in beside.items():
+                pairs = [(radius, theirs[index]) for index, radius in own.items()]
+                mean, low, high = paired_difference_interval(*zip(*pairs, strict=True))
+                row = {"sigma": sigma, "ours": named(recipe, runs), "method": method}
+                found.append(row | {"images": len(own), "mean": mean, "low": low, "high": high})
     return sorted(found, key=lambda row: (row["sigma"], row["images"], row["ours"]))
+
+
+def named(recipe: str, runs: Sequence) -> str:
+    """A recipe in the table of differences."""
+    return recipe if len(runs) == 1 else f"{recipe}, {len(runs)} seeds"
+
+
+def radii_of(runs: Mapping[str, Sequence[Mapping]]) -> dict[int, float]:
+    """Index of the image -> `mean_radii`, of the seeds of a recipe."""
+    indices = [int(row["index"]) for row in next(iter(runs.values()))]
+    return dict(zip(indices, mean_radii(runs.values()), strict=True))
 
 
 def paired_difference_interval(first, second, confidence=0.95, *, resamples=10_000, seed=0):

@@ -75,6 +75,27 @@ def test_differences_are_paired_by_image(tmp_path, monkeypatch):
     assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 0.0500001
 
 
+def test_the_ensemble_is_compared_with_its_members_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "REFERENCE", tmp_path)
+    results = tmp_path / "results"
+    (results / "ensemble_0.25").mkdir(parents=True)
+    write_rows(results / "smoothing_best_0.25_certificates.csv", rows())
+    write_rows(results / "smoothing_best_0.25_seed1_certificates.csv", rows(0.1))
+    write_rows(results / "ensemble_0.25" / "certificates_ensemble.csv", rows(0.2))
+    peers = tmp_path / "peers.tsv"
+    peers.write_text(
+        "dataset\tsigma\tmethod\tidx\tlabel\tpredict\tradius\tcorrect\n"
+        + "".join(f"mnist\t0.25\tother\t{20 * k}\t0\t0\t0.3\t1\n" for k in range(3))
+    )
+    found = {(row["ours"], row["method"]): row["mean"] for row in published.differences(peers)}
+    # The correct two of three images: 0.45 + 0.15 of the members, 0.6 + 0.3 of the ensemble.
+    assert found == {
+        ("here, best, 2 seeds", "other"): pytest.approx((0.6 - 0.9) / 3),
+        ("here, ensemble", "other"): pytest.approx((0.9 - 0.9) / 3, abs=1e-12),
+        ("here, ensemble", "here, best, 2 seeds"): pytest.approx(0.1),
+    }
+
+
 def test_published_curves_pass_through_their_points(monkeypatch):
     figures = []
     monkeypatch.setattr("src.reports.plotting._save", lambda figure, path: figures.append(figure))
