@@ -1,4 +1,4 @@
-"""Comparison of three models: 7.2, 3.4 and 85.6 % proven correct within l2 distance 1.
+"""Comparison of three models: 7.8, 3.6 and 86.8 % proven correct within l2 distance 1.
 
 Command: python main_compare.py, after the three scripts that train the models.
 
