@@ -1,4 +1,4 @@
-"""Training under Gaussian noise: 85.6 % proven correct within l2 distance 1 by default.
+"""Training under Gaussian noise: 86.8 % proven correct within l2 distance 1 by default.
 
 Command: python main_random_smoothing.py, then main_compare.py for the figure above, which is on
 500 test images with n = 10,000.
