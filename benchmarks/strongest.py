@@ -1,9 +1,9 @@
 """How near our strongest attack comes to AutoAttack, on the same images of several networks.
 
 The reference models, seed 0; the single-step one with logits times 3,000, which saturates the
-cross-entropy; and, with --peer, a network trained by others with PGD-40 in linf, epsilon = 0.3:
-`mnist_lenet5_advtrained.pt` in the source distribution of advertorch 0.2.3 on the package index
-(Ding, Wang and Jin, arXiv:1902.07623):
+cross-entropy; its control without thresholds; and, with --peer, a network trained by others with
+PGD-40 in linf, epsilon = 0.3: `mnist_lenet5_advtrained.pt` in the source distribution of advertorch
+0.2.3 on the package index (Ding, Wang and Jin, arXiv:1902.07623):
 
     pip download --no-deps --no-build-isolation --no-binary advertorch advertorch==0.2.3
     tar xzf advertorch-0.2.3.tar.gz
@@ -13,10 +13,12 @@ AutoAttack is that of benchmarks/autoattack.py, which says what it needs. Ours i
 strongest_attack: Auto-PGD on the cross-entropy, on the margin from five starts and towards nine
 classes from two, 100 steps each, then Square with 5,000 queries; no FAB, but it knows the
 thresholds. `ours` is thorough: every stage attacks all images that stand. `quick` is the default: a
-later stage stops at the first eighth of the images, in the order of their margins, where it
-breaks nothing. The three are timed, one after the other. None sees points of another; all attack
+later stage stops at the first eighth of the images, in the order of their margins, where it breaks
+nothing, and leaves an eighth after three starts or classes in a row in vain. The three are timed, one after the other. None sees points of another; all attack
 the first --images in the order 0, 20, 40, ..., 1, 21, ...; `both` is what stands after AutoAttack
 and ours. A network's row is written to --rows as soon as it is finished and not made again.
+
+With --quick the thorough attack is left out, and the table compares the times of the other two.
 
 Run: python -m benchmarks.strongest --rows results/strongest.csv \\
          --peer advertorch-0.2.3/advertorch_examples/trained_models/mnist_lenet5_advtrained.pt
@@ -49,13 +51,15 @@ def networks(peer: Path | None) -> dict[str, tuple]:
     """Name -> (norm, epsilon, what gives the network)."""
 
     def ours(name):
-        return load_checkpoint(MODELS / f"adversarial_{name}.pt", "cpu")
+        return load_checkpoint(MODELS / f"{name}.pt", "cpu")
 
+    single = "adversarial_single_step"
     found = {
-        "single step": ("linf", 0.3, lambda: ours("single_step")),
-        "single step, logits times 3,000": ("linf", 0.3, lambda: louder(ours("single_step"), 3000)),
-        "multi-step": ("linf", 0.3, lambda: ours("multi_step")),
-        "multi-step, l2": ("l2", 2.0, lambda: ours("l2")),
+        "single step": ("linf", 0.3, lambda: ours(single)),
+        "single step, logits times 3,000": ("linf", 0.3, lambda: louder(ours(single), 3000)),
+        "single step, no thresholds": ("linf", 0.3, lambda: ours("control_single_step")),
+        "multi-step": ("linf", 0.3, lambda: ours("adversarial_multi_step")),
+        "multi-step, l2": ("l2", 2.0, lambda: ours("adversarial_l2")),
     }
     return found | ({PEER: ("linf", 0.3, lambda: peer_network(peer))} if peer else {})
 
@@ -102,19 +106,21 @@ def judged(name: str, norm: str, epsilon: float, network: nn.Module, batch, args
 
     theirs = partial(autoattack.attacked, network, batch, settings, autoattack.AUTOATTACK)
     timed("autoattack", lambda: theirs()["robust"])
-    for way, thorough in (("ours", True), ("quick", False)):
-        options = {"epsilon": epsilon, "norm": norm, "thorough": thorough}
+    for way in ("quick",) if args.quick else ("ours", "quick"):
+        options = {"epsilon": epsilon, "norm": norm, "thorough": way == "ours"}
         generator = torch.Generator().manual_seed(0)
         attack = partial(strongest_attack, **options, generator=generator)
         timed(way, partial(correct, network, batch, attack=attack))
+    standing = {way: int(of.sum()) for way, of in hits.items()}
+    if "ours" in hits:
+        standing["both"] = int((hits["autoattack"] & hits["ours"]).sum())
     return {
         "model": name,
         "norm": norm,
         "epsilon": epsilon,
         "images": len(batch),
         "clean": int(correct(network, batch).sum()),
-        **{way: int(standing.sum()) for way, standing in hits.items()},
-        "both": int((hits["autoattack"] & hits["ours"]).sum()),
+        **standing,
         "autoattack_quick_differ": int((hits["autoattack"] != hits["quick"]).sum()),
         **{f"{way}_seconds": round(took, 1) for way, took in seconds.items()},
         "threads": torch.get_num_threads(),
@@ -123,12 +129,13 @@ def judged(name: str, norm: str, epsilon: float, network: nn.Module, batch, args
     }
 
 
+def share(row, name) -> float:
+    """What stands, in % of the images."""
+    return 100 * int(row[name]) / int(row["images"])
+
+
 def strongest_lines(rows) -> str:
     """The table, in % of the images."""
-
-    def share(row, name):
-        return 100 * int(row[name]) / int(row["images"])
-
     lines = [
         (
             row["model"],
@@ -143,6 +150,19 @@ def strongest_lines(rows) -> str:
     return format_table((*header, "ours - AutoAttack"), lines)
 
 
+def quick_lines(rows) -> str:
+    """The table of the times, in seconds, and of how much the two verdicts differ."""
+    lines = []
+    for row in rows:
+        took = [float(row[f"{way}_seconds"]) for way in ("autoattack", "quick")]
+        cells = [row["model"], f"{row['norm']} {float(row['epsilon']):g}"]
+        cells += [f"{share(row, name):.1f}" for name in ("autoattack", "quick")]
+        cells += [row["autoattack_quick_differ"], *(f"{value:,.0f}" for value in took)]
+        lines.append((*cells, f"{took[0] / took[1]:.1f}"))
+    header = ("network", "ball", "AutoAttack %", "quick %", "images that differ")
+    return format_table((*header, "AutoAttack s", "quick s", "times faster"), lines)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -155,6 +175,7 @@ def main():
     parser.add_argument(
         "--batch-size", type=count(), default=1000, help="images at once, of AutoAttack"
     )
+    parser.add_argument("--quick", action="store_true", help="leave out the thorough attack")
     parser.add_argument("--only", choices=[*networks(None), PEER], help="one network alone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     parser.add_argument("--data", help="folder of MNIST; default: data/ of the repository")
@@ -163,12 +184,13 @@ def main():
         parser.error(f"{PEER} needs --peer.")
     batch = subset(load_mnist("test", args.data), autoattack.ORDER[: args.images])
     rows = read_rows(args.rows) if args.rows.exists() else []
+    lines = quick_lines if args.quick else strongest_lines
     for name, (norm, epsilon, network) in networks(args.peer).items():
         if args.only in (None, name) and name not in [row["model"] for row in rows]:
             rows.append(judged(name, norm, epsilon, network(), batch, args))
             write_rows(args.rows, rows)
-            print(strongest_lines(rows), flush=True)
-    print(strongest_lines(rows))
+            print(lines(rows), flush=True)
+    print(lines(rows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Auto-PGD, without a step size to choose (Croce and Hein, ICML 2020), in any search space."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -30,6 +31,8 @@ class Plan:
             logit. The scale of the logits does not matter to the last two.
         targets: how many of the most likely other classes to approach, one after the other;
             `loss` then measures how near that class is to being chosen. 0: no single class.
+        patience: give up after so many runs in a row (of a start and a target) that broke nothing;
+            default: never.
         clip: range of the result.
         generator: source of the random starts, on the CPU; default: one with seed 0.
     """
@@ -38,6 +41,7 @@ class Plan:
     restarts: int = 1
     loss: str = "margin"
     targets: int = 0
+    patience: int | None = None
     clip: tuple[float, float] = (0.0, 1.0)
     generator: torch.Generator | None = None
 
@@ -45,6 +49,8 @@ class Plan:
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
         check_count("targets", self.targets, 0)
+        if self.patience is not None:
+            check_count("patience", self.patience)
         check_loss(self.loss, LOSSES)
 
 
@@ -100,11 +106,14 @@ def search(network, space, labels: Tensor, plan: Plan) -> Worst:
         raise ValueError("'loss' = 'dlr' needs a third class, and a fourth for 'targets'.")
     others = logits.scatter(1, labels[:, None], -torch.inf).argsort(dim=1, descending=True)
     targets = min(plan.targets, logits.shape[1] - 1)
-    for restart in range(plan.restarts):
-        for target in others[:, :targets].T if targets else (None,):
-            # Drawn for all images, so that no image's start depends on which others stand.
-            start = space.random(generator) if restart else space.origin
-            _ascend(space, _visitor(worst, plan.loss, target), start, worst.standing, plan.steps)
+    aims, barren = others[:, :targets].T if targets else (None,), 0
+    for restart, target in itertools.product(range(plan.restarts), aims):
+        # Drawn for all images, so that no image's start depends on which others stand.
+        start, before = space.random(generator) if restart else space.origin, worst.standing.clone()
+        _ascend(space, _visitor(worst, plan.loss, target), start, worst.standing, plan.steps)
+        barren = barren + 1 if torch.equal(before, worst.standing) else 0
+        if barren == plan.patience:
+            break
     return worst
 
 

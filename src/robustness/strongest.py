@@ -25,6 +25,8 @@ from src.verdicts import Worst, batches, judge, logits_of, margin, stands, with_
 PARTS = 8
 # Of at least so many images: a part of few says little of the rest.
 FEWEST = 32
+# A search leaves a part after so many starts or classes in a row that broke nothing.
+PATIENCE = 3
 
 
 @with_gradients()
@@ -65,7 +67,8 @@ def strongest_attack_stages(
 
     The first stage attacks all images. A later one begins with the most fragile eighth of those
     that stand, by the margin at their worst points so far, and goes on to the next eighth only
-    while it breaks images. Most of the time would else go into images that nothing breaks.
+    while it breaks images. Within an eighth it gives up after three starts or classes in a row that
+    break nothing. Most of the time would else go into images that nothing breaks.
 
     Arguments as for `pgd_attack` (all that is random comes from `generator`), and:
 
@@ -74,7 +77,7 @@ def strongest_attack_stages(
         restarts: starts on the margin; there are two per target.
         targets: how many of the most likely other classes to approach.
         queries: of the Square Attack, the last stage.
-        thorough: give every stage all images that stand.
+        thorough: give every stage all images that stand, and all its starts and classes.
 
     Yields:
         The name of each stage and the worst points up to it (B, C, H, W); "clean" first.
@@ -89,7 +92,8 @@ def strongest_attack_stages(
     generator = generator or torch.Generator().manual_seed(0)
     worst = Worst(None, images, labels, "margin", False)
     adaptive = removable_thresholds(model, images)
-    stages = _stages(adaptive, norm, steps, restarts, targets, queries)
+    searches = {"steps": steps, "patience": None if thorough else PATIENCE}
+    stages = _stages(adaptive, norm, restarts, targets, queries, searches)
     for number, (name, attack) in enumerate([("clean", _unchanged), *stages]):
         for chosen in _parts(worst, whole=thorough or number < 2):
             own, ball = labels[chosen], {"clip": clip, "generator": generator}
@@ -116,15 +120,15 @@ def _unchanged(model, images, *_, **__) -> Tensor:
     return images
 
 
-def _stages(adaptive, norm, steps, restarts, targets, queries) -> list[tuple[str, Callable]]:
+def _stages(adaptive, norm, restarts, targets, queries, searches) -> list[tuple[str, Callable]]:
     """Names and attacks, the one that breaks most for its time first."""
     kinds = [("", apgd_attack)]
     if adaptive:
         # In linf both search the very same set, and behind the thresholds the gradient is exact.
         kinds = [("thresholds ", thresholds_attack), *(kinds if norm == "l2" else [])]
-    stages = [("apgd cross-entropy", partial(apgd_attack, steps=steps, loss="cross_entropy"))]
+    stages = [("apgd cross-entropy", partial(apgd_attack, **searches, loss="cross_entropy"))]
     for kind, attack in kinds:
-        attack = partial(attack, steps=steps)
+        attack = partial(attack, **searches)
         stages += [
             (f"{kind}apgd margin", partial(attack, restarts=restarts)),
             # A second start, at random: in l2, from the image alone, too many images stood.

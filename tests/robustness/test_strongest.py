@@ -154,6 +154,7 @@ def test_only_the_generator_changes_the_result(trained, attack, norm):
         ("steps", 0),
         ("restarts", 0),
         ("targets", -1),
+        ("patience", 0),
         ("loss", "hinge"),
         ("clip", (0.5, 0.4)),
         ("labels", torch.full((5,), 10)),
@@ -440,6 +441,26 @@ def test_later_stages_stop_at_the_first_eighth_in_which_nothing_breaks():
     network.counts.clear()
     list(strongest_attack_stages(network, images, labels, 1e-6, **BRIEF, thorough=True))
     assert network.counts.count(400) > 3 * 4
+
+
+def test_a_search_gives_up_after_barren_runs_in_a_row_and_a_break_sets_the_count_back(
+    monkeypatch,
+):
+    runs = []
+
+    def scripted(space, visit, start, standing, steps):
+        runs.append(len(runs) + 1)
+        if runs[-1] in (2, 4):
+            standing[runs[-1]] = False
+
+    monkeypatch.setattr("src.robustness.apgd._ascend", scripted)
+    images, network = random_batch(10)[0], Linear(10)
+    labels = network(images).argmax(1)
+    for patience, expected in ((2, 6), (1, 1), (18, 18), (None, 18)):
+        runs.clear()
+        apgd_attack(network, images, labels, 0.1, restarts=2, targets=9, patience=patience)
+        # Of two in a row, 3 and 4 are not, as 4 breaks an image; 5 and 6 are.
+        assert len(runs) == expected
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
