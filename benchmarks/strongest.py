@@ -14,9 +14,11 @@ strongest_attack: Auto-PGD on the cross-entropy, on the margin from five starts 
 classes from two, 100 steps each, then Square with 5,000 queries; no FAB, but it knows the
 thresholds. `ours` is thorough: every stage attacks all images that stand. `quick` is the default: a
 later stage stops at the first eighth of the images, in the order of their margins, where it breaks
-nothing, and leaves an eighth after three starts or classes in a row in vain. The three are timed, one after the other. None sees points of another; all attack
-the first --images in the order 0, 20, 40, ..., 1, 21, ...; `both` is what stands after AutoAttack
-and ours. A network's row is written to --rows as soon as it is finished and not made again.
+nothing, and leaves an eighth after three starts or classes in a row in vain.
+
+All are timed, one after the other. None sees points of another; all attack the first --images in
+the order 0, 20, 40, ..., 1, 21, ...; `both` is what stands after AutoAttack and ours. A network's
+row is written to --rows as soon as it is finished and not made again.
 
 With --quick the thorough attack is left out, and the table compares the times of the other two.
 
