@@ -7,7 +7,7 @@ order 0, 20, 40, ..., 1, 21, ..., so they are spread over the test set. Columns 
 
 - `clean`, and `pgd`: what stands under PGD, 40 steps from 2 starts
 - `autoattack`: what stands under the four attacks of benchmarks/autoattack.py, which needs an extra
-- `worst`: what stands under PGD, those, and then an attack of ours, which knows the thresholds
+- `worst`: what stands under PGD, those, and our strongest attack, which knows the thresholds
 
 The referee's rows, one for each image, are those of benchmarks/autoattack.py. They go to the folder
 controls/ beside --rows; a run that was stopped goes on. Where the referee has judged a network on
@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks import autoattack
 from src.attacks import pgd_attack
 from src.checkpoints import load_checkpoint
@@ -28,6 +30,7 @@ from src.command_line import run
 from src.provenance import code_commit
 from src.records.rows import read_rows, write_rows
 from src.reports.tables import format_table
+from src.robustness import strongest_attack
 from src.training_and_evaluation import correct
 from src.utils import get_device, load_mnist, subset
 
@@ -53,14 +56,16 @@ def judged(stem: str, norm: str, folder: Path, device: str) -> dict:
         autoattack.main(words)
     rows = read_rows(path)[:IMAGES]
     model = load_checkpoint(checkpoint, get_device(device))
-    attack = partial(pgd_attack, epsilon=BALLS[norm], norm=norm, steps=40, restarts=2)
     batch = subset(load_mnist("test"), [int(row["index"]) for row in rows])
-    under_pgd = correct(model, batch, attack=attack).int().tolist()
+    ball = {"epsilon": BALLS[norm], "norm": norm}
+    pgd = correct(model, batch, attack=partial(pgd_attack, **ball, steps=40, restarts=2))
+    ours = correct(model, batch, attack=partial(strongest_attack, **ball))
+    referee = [bool(int(row["robust"])) for row in rows]
     return {
         "clean": sum(int(row["clean"]) for row in rows),
-        "pgd": sum(under_pgd),
+        "pgd": int(pgd.sum()),
         "autoattack": sum(int(row["square"]) for row in rows),
-        "worst": sum(int(row["robust"]) & pgd for row, pgd in zip(rows, under_pgd, strict=True)),
+        "worst": int((pgd & ours & torch.tensor(referee)).sum()),
     }
 
 

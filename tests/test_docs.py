@@ -147,6 +147,7 @@ TABLES = {
     "l2": lambda: robust_models.model_lines("l2", 2.0, RESULTS),
     "controls": lambda: controls.control_lines(rows_of("controls.csv")),
     "strongest": lambda: strongest.strongest_lines(rows_of("strongest.csv")),
+    "quick": lambda: strongest.quick_lines(rows_of("verdicts.csv")),
     "cures": lambda: cures.cure_lines(rows_of("cures.csv")),
     "published": lambda: "\n\n".join(published_table(*pair) for pair in PAIRS),
     "bounds": lambda: published.bound_lines(RESULTS),
@@ -354,6 +355,16 @@ def strongest_words():
     return [
         f"at most {most:.1f} points more than AutoAttack",
         f"ours leaves {ours}, AutoAttack {theirs}, and both together {both}",
+    ]
+
+
+def quick_words():
+    rows = rows_of("verdicts.csv")
+    times = [float(row["autoattack_seconds"]) / float(row["quick_seconds"]) for row in rows]
+    more = [100 * (int(row["quick"]) - int(row["autoattack"])) / int(row["images"]) for row in rows]
+    return [
+        f"{min(times):.1f} to {max(times):.1f} times as fast",
+        f"leaves at most {max(more):.1f} points more",
     ]
 
 
@@ -699,6 +710,7 @@ WORDS = {
         referee_words,
         control_words,
         strongest_words,
+        quick_words,
         cure_words,
         published_words,
         ensemble_words,

@@ -17,6 +17,10 @@ from src.verdicts import Verdict, Worst, cross_entropy, judge, known, margin, wi
 MOMENTUM = 0.75
 # Halve the step where fewer than this share of the steps since the last checkpoint went up.
 RISING = 0.75
+# The first steps, in radii: from a point in the middle, and from one that a wider ball gave.
+FIRST_STEP, LATER_STEP = 2.0, 0.5
+# Radius of the first of several shrinking balls: nearly the whole box.
+WIDEST_BALL = 8.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Plan:
             `loss` then measures how near that class is to being chosen. 0: no single class.
         patience: give up after so many runs in a row (of a start and a target) that broke nothing;
             default: never.
+        shrinks: every run comes from outside, through so many wider balls. The first is eight times
+            as wide; each search goes on where the one before ended. In l2 it finds what a search
+            from the middle does not, where that is led to the wrong place.
         clip: range of the result.
         generator: source of the random starts, on the CPU; default: one with seed 0.
     """
@@ -42,6 +49,7 @@ class Plan:
     loss: str = "margin"
     targets: int = 0
     patience: int | None = None
+    shrinks: int = 0
     clip: tuple[float, float] = (0.0, 1.0)
     generator: torch.Generator | None = None
 
@@ -49,6 +57,7 @@ class Plan:
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
         check_count("targets", self.targets, 0)
+        check_count("shrinks", self.shrinks, 0)
         if self.patience is not None:
             check_count("patience", self.patience)
         check_loss(self.loss, LOSSES)
@@ -74,13 +83,13 @@ def apgd_attack(
 
 
 class Ball:
-    """The space in which a search takes place. Other spaces have the same attribute and methods.
+    """The space in which a search takes place. Other spaces have the same, but for `wider`.
 
     origin: (B, C, H, W), the points from which the search sets out.
     """
 
     def __init__(self, images: Tensor, epsilon: float, norm: str, clip):
-        self.origin, self.epsilon, self.norm = images, epsilon, norm
+        self.origin, self.epsilon, self.norm, self.clip = images, epsilon, norm, clip
         # (points, chosen) -> the nearest points of the space, for the images at these positions.
         self.project = projection(images, epsilon, norm, clip)
 
@@ -92,6 +101,10 @@ class Ball:
         """A random point of the space per image."""
         change = random_in_ball(self.origin, self.epsilon, self.norm, generator)
         return self.project(self.origin + change)
+
+    def wider(self, factor: float) -> "Ball":
+        """The ball of `factor` times the radius."""
+        return Ball(self.origin, factor * self.epsilon, self.norm, self.clip)
 
 
 def search(network, space, labels: Tensor, plan: Plan) -> Worst:
@@ -110,11 +123,26 @@ def search(network, space, labels: Tensor, plan: Plan) -> Worst:
     for restart, target in itertools.product(range(plan.restarts), aims):
         # Drawn for all images, so that no image's start depends on which others stand.
         start, before = space.random(generator) if restart else space.origin, worst.standing.clone()
-        _ascend(space, _visitor(worst, plan.loss, target), start, worst.standing, plan.steps)
+        visit, size = _visitor(worst, plan.loss, target), FIRST_STEP
+        if plan.shrinks:
+            start, size = _from_outside(worst, space, start, target, plan), LATER_STEP
+        _ascend(space, visit, start, worst.standing, plan.steps, size)
         barren = barren + 1 if torch.equal(before, worst.standing) else 0
         if barren == plan.patience:
             break
     return worst
+
+
+def _from_outside(worst: Worst, space: Ball, start: Tensor, target, plan: Plan) -> Tensor:
+    """Points of `space`, in which searches of ever smaller balls around it end."""
+    size = FIRST_STEP
+    for number in range(plan.shrinks):
+        ball = space.wider(WIDEST_BALL ** (1 - number / plan.shrinks))
+        found = Worst(worst.network, start, worst.labels, "margin", False)
+        visit = _visitor(found, plan.loss, target)
+        _ascend(ball, visit, ball.project(start), worst.standing, plan.steps, size)
+        start, size = found.points, LATER_STEP
+    return space.project(start)
 
 
 def _visitor(worst: Worst, loss: str, target: Tensor | None) -> Callable[..., Verdict]:
@@ -188,16 +216,21 @@ class _Run:
         self.rises = torch.zeros_like(self.rises)
 
 
-def _ascend(space, visit: Callable, start: Tensor, standing: Tensor, steps: int) -> None:
-    """One run of Auto-PGD from `start`, for the images that are `standing`."""
+def _ascend(
+    space, visit: Callable, start: Tensor, standing: Tensor, steps: int, size: float
+) -> None:
+    """One run of Auto-PGD from `start`, for the images that are `standing`.
+
+    The first step is `size` times as long as the radius.
+    """
     chosen = standing.nonzero()[:, 0]
     if not len(chosen):
         return
     points = start[chosen]
     _, loss, _, gradient = visit(points, chosen)
-    size, zeros = torch.full_like(loss, 2.0, dtype=points.dtype), torch.zeros_like(loss)
+    lengths, zeros = torch.full_like(loss, size, dtype=points.dtype), torch.zeros_like(loss)
     now = (points, loss, gradient)
-    run = _Run(chosen, points, *now, *now, loss, size, zeros, zeros.bool())
+    run = _Run(chosen, points, *now, *now, loss, lengths, zeros, zeros.bool())
     checkpoints, last = _checkpoints(steps), 0
     for step in range(1, steps + 1):
         points = run.ahead(space, 1 if step == 1 else MOMENTUM)

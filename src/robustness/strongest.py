@@ -25,6 +25,8 @@ from src.verdicts import Worst, batches, judge, logits_of, margin, stands, with_
 PARTS = 8
 # Of at least so many images: a part of few says little of the rest.
 FEWEST = 32
+# Wider balls on the way from outside, each with a tenth of the steps.
+SHRINKS = 19
 # A search leaves a part after so many starts or classes in a row that broke nothing.
 PATIENCE = 3
 
@@ -61,7 +63,8 @@ def strongest_attack_stages(
     """The attacks one after the other, each on the images that are still standing.
 
     First Auto-PGD on the cross-entropy, on the margin from several starts, and towards single
-    classes. Then the Square Attack, which needs no gradients. If the model has `thresholds`, the
+    classes; in l2 also through shrinking balls from outside. Then the Square Attack, which needs no
+    gradients. If the model has `thresholds`, the
     margin and the classes are attacked behind these as well (in linf only there). A warning says
     if thresholds were found that cannot be taken away.
 
@@ -134,6 +137,10 @@ def _stages(adaptive, norm, restarts, targets, queries, searches) -> list[tuple[
             # A second start, at random: in l2, from the image alone, too many images stood.
             (f"{kind}apgd targeted", partial(attack, targets=targets, restarts=2)),
         ]
+    if norm == "l2":
+        few = max(1, searches["steps"] // 10)
+        outside = {"steps": few, "shrinks": SHRINKS, "targets": targets}
+        stages.append(("apgd from outside", partial(apgd_attack, **searches | outside)))
     return [*stages, ("square", partial(square_attack, queries=queries))]
 
 

@@ -45,6 +45,8 @@ def thresholds_attack(
     model = unwrapped(model)
     if getattr(model, "thresholds", None) is None:
         raise ValueError("'model' has no thresholds; use apgd_attack.")
+    if plan.shrinks:
+        raise ValueError("'shrinks' must be 0: behind thresholds there are no balls to shrink.")
     if epsilon == 0 or not len(images):
         return images.clone()
     with evaluation_form(model) as network:

@@ -28,8 +28,8 @@ def test_a_network_has_one_line_with_both_balls():
     assert cut.split()[-3:] == ["90.0", "60.0", "2.0"]
 
 
-def test_an_image_stands_only_if_neither_pgd_nor_the_referee_broke_it(tmp_path, monkeypatch):
-    # Of four images the referee breaks the second, PGD the last two.
+def test_an_image_stands_only_if_no_attack_broke_it(tmp_path, monkeypatch):
+    # Of four images the referee breaks the second, PGD the last two, our strongest none.
     monkeypatch.setattr(controls, "REFERENCE", tmp_path)
     (tmp_path / "results").mkdir()
     judged = [
@@ -40,7 +40,8 @@ def test_an_image_stands_only_if_neither_pgd_nor_the_referee_broke_it(tmp_path, 
     monkeypatch.setattr(controls, "load_mnist", lambda *_: None)
     monkeypatch.setattr(controls, "subset", lambda *_: None)
     under_pgd = torch.tensor([True, True, False, False])
-    monkeypatch.setattr(controls, "correct", lambda *_, **__: under_pgd)
+    verdicts = iter([under_pgd, torch.ones(4, dtype=torch.bool)])
+    monkeypatch.setattr(controls, "correct", lambda *_, **__: next(verdicts))
     found = controls.judged("some", "linf", tmp_path, "cpu")
     assert found == {"clean": 4, "pgd": 2, "autoattack": 3, "worst": 1}
 

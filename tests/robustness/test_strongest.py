@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from src.attacks import pgd_attack
+from src.checkpoints import load_checkpoint
 from src.engine.parts import apply_thresholds
 from src.models import ConvNN
 from src.robustness.apgd import apgd_attack
 from src.robustness.square import square_attack
 from src.robustness.strongest import hits_by_stage, strongest_attack, strongest_attack_stages
 from src.robustness.thresholds import nearest_pixels, thresholds_attack
+from src.utils import load_mnist, subset
 from tests.attack_helpers import (
     Linear,
     Scaled,
@@ -29,10 +32,12 @@ from tests.attack_helpers import (
     wrong,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 THRESHOLDS = (0.4, 0.6)
 BRIEF = {"steps": 3, "restarts": 2, "targets": 2, "queries": 10}
 ATTACKS = {
     "apgd": partial(apgd_attack, steps=5, restarts=2),
+    "outside": partial(apgd_attack, steps=3, shrinks=4),
     "dlr": partial(apgd_attack, steps=5, loss="dlr", targets=2),
     "ramp": partial(thresholds_attack, steps=5, restarts=2),
     "square": partial(square_attack, queries=20),
@@ -155,6 +160,7 @@ def test_only_the_generator_changes_the_result(trained, attack, norm):
         ("restarts", 0),
         ("targets", -1),
         ("patience", 0),
+        ("shrinks", -1),
         ("loss", "hinge"),
         ("clip", (0.5, 0.4)),
         ("labels", torch.full((5,), 10)),
@@ -200,7 +206,8 @@ def far_from_the_border(kind_of_model, kind_of_images, dtype=torch.float32):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
 @pytest.mark.parametrize(("norm", "epsilon"), BALLS)
-def test_apgd_reaches_the_optimum_of_a_linear_model(norm, epsilon, loss):
+@pytest.mark.parametrize("shrinks", [0, 4])
+def test_apgd_reaches_the_optimum_of_a_linear_model(shrinks, norm, epsilon, loss):
     # In float64, where the cross-entropy of such margins still has a gradient.
     model, images, labels, away = far_from_the_border(Linear, "binary", torch.float64)
     flat = images.flatten(1)
@@ -209,7 +216,7 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(norm, epsilon, loss):
     else:
         change = best_l2_change(flat, away, epsilon)
     gain = (away * change).sum(dim=1).double()
-    attacked = apgd_attack(model, images, labels, epsilon, norm, loss=loss)
+    attacked = apgd_attack(model, images, labels, epsilon, norm, loss=loss, shrinks=shrinks)
     reached = margin(model, images, labels) - margin(model, attacked, labels)
     assert (reached <= gain + 1e-4).all()
     assert (reached >= gain * (1 - 1e-3) - 1e-4).all()
@@ -443,12 +450,28 @@ def test_later_stages_stop_at_the_first_eighth_in_which_nothing_breaks():
     assert network.counts.count(400) > 3 * 4
 
 
+def test_shrinking_balls_find_what_a_search_from_the_middle_does_not(mnist_root):
+    # A network trained in linf, attacked in l2: from the middle the gradient leads to nothing.
+    network = load_checkpoint(ROOT / "reference" / "models" / "control_single_step.pt")
+    data = subset(load_mnist("test", mnist_root), range(0, 1000, 20)).tensors
+    middle = apgd_attack(network, *data, 2.0, "l2", steps=200)
+    outside = apgd_attack(network, *data, 2.0, "l2", steps=10, shrinks=19)
+    broken = [int(wrong(network, points, data[1]).sum()) for points in (middle, outside)]
+    assert broken[1] > broken[0] + 10
+
+
+def test_there_are_no_balls_to_shrink_behind_thresholds():
+    images, labels = random_batch(5)
+    with pytest.raises(ValueError, match="'shrinks'"):
+        thresholds_attack(RampedLinear(10), images, labels, 0.1, shrinks=2)
+
+
 def test_a_search_gives_up_after_barren_runs_in_a_row_and_a_break_sets_the_count_back(
     monkeypatch,
 ):
     runs = []
 
-    def scripted(space, visit, start, standing, steps):
+    def scripted(space, visit, start, standing, steps, size):
         runs.append(len(runs) + 1)
         if runs[-1] in (2, 4):
             standing[runs[-1]] = False
