@@ -11,10 +11,11 @@ PGD-40 in linf, epsilon = 0.3: `mnist_lenet5_advtrained.pt` in the source distri
 
 AutoAttack is that of benchmarks/autoattack.py, which says what it needs. Ours is
 strongest_attack: Auto-PGD on the cross-entropy, on the margin from five starts and towards nine
-classes from two, 100 steps each, then Square with 5,000 queries; no FAB, but it knows the
-thresholds. `ours` is thorough: every stage attacks all images that stand. `quick` is the default: a
-later stage stops at the first eighth of the images, in the order of their margins, where it breaks
-nothing, and leaves an eighth after three starts or classes in a row in vain.
+classes from two, 100 steps each, in l2 from outside the ball too, then Square with 5,000 queries.
+It has no FAB, but it knows the thresholds. `ours` is thorough: every stage attacks all images that
+stand. `quick` is the default: a later stage stops at the first eighth of the images, in the order
+of their margins, where it breaks nothing, and leaves an eighth after three starts or classes in a
+row in vain.
 
 All are timed, one after the other. None sees points of another; all attack the first --images in
 the order 0, 20, 40, ..., 1, 21, ...; `both` is what stands after AutoAttack and ours. A network's
@@ -60,6 +61,7 @@ def networks(peer: Path | None) -> dict[str, tuple]:
         "single step": ("linf", 0.3, lambda: ours(single)),
         "single step, logits times 3,000": ("linf", 0.3, lambda: louder(ours(single), 3000)),
         "single step, no thresholds": ("linf", 0.3, lambda: ours("control_single_step")),
+        "single step, no thresholds, l2": ("l2", 2.0, lambda: ours("control_single_step")),
         "multi-step": ("linf", 0.3, lambda: ours("adversarial_multi_step")),
         "multi-step, l2": ("l2", 2.0, lambda: ours("adversarial_l2")),
     }
