@@ -62,8 +62,8 @@ def strongest_attack_stages(
 ) -> Iterator[tuple[str, Tensor]]:
     """The attacks one after the other, each on the images that are still standing.
 
-    First Auto-PGD on the cross-entropy, on the margin from several starts, and towards single
-    classes; in l2 also through shrinking balls from outside. Then the Square Attack, which needs no
+    First Auto-PGD on the cross-entropy, in l2 also through shrinking balls from outside, on the
+    margin from several starts, and towards single classes. Then the Square Attack, which needs no
     gradients. If the model has `thresholds`, the
     margin and the classes are attacked behind these as well (in linf only there). A warning says
     if thresholds were found that cannot be taken away.
@@ -130,6 +130,10 @@ def _stages(adaptive, norm, restarts, targets, queries, searches) -> list[tuple[
         # In linf both search the very same set, and behind the thresholds the gradient is exact.
         kinds = [("thresholds ", thresholds_attack), *(kinds if norm == "l2" else [])]
     stages = [("apgd cross-entropy", partial(apgd_attack, **searches, loss="cross_entropy"))]
+    if norm == "l2":
+        few = max(1, searches["steps"] // 10)
+        outside = {"steps": few, "shrinks": SHRINKS, "targets": targets}
+        stages.append(("apgd from outside", partial(apgd_attack, **searches | outside)))
     for kind, attack in kinds:
         attack = partial(attack, **searches)
         stages += [
@@ -137,10 +141,6 @@ def _stages(adaptive, norm, restarts, targets, queries, searches) -> list[tuple[
             # A second start, at random: in l2, from the image alone, too many images stood.
             (f"{kind}apgd targeted", partial(attack, targets=targets, restarts=2)),
         ]
-    if norm == "l2":
-        few = max(1, searches["steps"] // 10)
-        outside = {"steps": few, "shrinks": SHRINKS, "targets": targets}
-        stages.append(("apgd from outside", partial(apgd_attack, **searches | outside)))
     return [*stages, ("square", partial(square_attack, queries=queries))]
 
 
