@@ -48,12 +48,11 @@ IMAGES = 1000
 def judged(stem: str, norm: str, folder: Path, device: str) -> dict:
     """What stands of the images of one network in one ball, of `clean` and after each attack."""
     checkpoint = REFERENCE / "models" / f"{stem}.pt"
-    ball = ["--norm", norm, "--epsilon", str(BALLS[norm]), "--device", device]
     path = REFERENCE / "results" / f"autoattack_{stem}.csv"
     if norm != "linf" or not path.exists():
         path = folder / f"{stem}_{norm}.csv"
-        words = [str(checkpoint), *ball, "--images", str(IMAGES), "--rows", str(path)]
-        autoattack.main(words)
+        words = [str(checkpoint), "--norm", norm, "--epsilon", str(BALLS[norm]), "--device", device]
+        autoattack.main([*words, "--images", str(IMAGES), "--rows", str(path)])
     rows = read_rows(path)[:IMAGES]
     model = load_checkpoint(checkpoint, get_device(device))
     batch = subset(load_mnist("test"), [int(row["index"]) for row in rows])
@@ -77,8 +76,8 @@ def control_lines(rows: Iterable[Mapping]) -> str:
 
     networks: dict[tuple, list] = {}
     for row in rows:
-        first = (row["training"], row["thresholds"], share(row, "clean"))
-        cells = networks.setdefault((row["training"], row["thresholds"]), [*first])
+        first = (row["training"], row["thresholds"])
+        cells = networks.setdefault(first, [*first, share(row, "clean")])
         cells += [share(row, name) for name in ("pgd", "autoattack", "worst")]
     header = ["training", "thresholds", "clean %"]
     for norm, epsilon in BALLS.items():
