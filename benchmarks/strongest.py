@@ -1,9 +1,9 @@
 """How near our strongest attack comes to AutoAttack, on the same images of several networks.
 
 The reference models, seed 0; the single-step one with logits times 3,000, which saturates the
-cross-entropy; its control without thresholds; and, with --peer, a network trained by others with
-PGD-40 in linf, epsilon = 0.3: `mnist_lenet5_advtrained.pt` in the source distribution of advertorch
-0.2.3 on the package index (Ding, Wang and Jin, arXiv:1902.07623):
+cross-entropy; its control without thresholds; the base network of a smoothed one; and, with --peer,
+a network trained by others with PGD-40 in linf, epsilon = 0.3: `mnist_lenet5_advtrained.pt` in the
+source distribution of advertorch 0.2.3 on the package index (Ding, Wang and Jin, arXiv:1902.07623):
 
     pip download --no-deps --no-build-isolation --no-binary advertorch advertorch==0.2.3
     tar xzf advertorch-0.2.3.tar.gz
@@ -64,6 +64,7 @@ def networks(peer: Path | None) -> dict[str, tuple]:
         "single step, no thresholds, l2": ("l2", 2.0, lambda: ours("control_single_step")),
         "multi-step": ("linf", 0.3, lambda: ours("adversarial_multi_step")),
         "multi-step, l2": ("l2", 2.0, lambda: ours("adversarial_l2")),
+        "trained under noise, l2": ("l2", 2.0, lambda: ours("smoothing_gaussian_0.50")),
     }
     return found | ({PEER: ("linf", 0.3, lambda: peer_network(peer))} if peer else {})
 
@@ -162,7 +163,7 @@ def quick_lines(rows) -> str:
         cells = [row["model"], f"{row['norm']} {float(row['epsilon']):g}"]
         cells += [f"{share(row, name):.1f}" for name in ("autoattack", "quick")]
         cells += [row["autoattack_quick_differ"], *(f"{value:,.0f}" for value in took)]
-        lines.append((*cells, f"{took[0] / took[1]:.1f}"))
+        lines.append((*cells, f"{took[0] / took[1]:.2f}"))
     header = ("network", "ball", "AutoAttack %", "quick %", "images that differ")
     return format_table((*header, "AutoAttack s", "quick s", "times faster"), lines)
 

@@ -387,8 +387,8 @@ def quick_words():
         f"{strongest.share(row, 'autoattack') - strongest.share(row, 'quick'):.1f}" for row in rows
     ]
     return [
-        f"{min(times):.1f} to {max(times):.1f} times as fast",
-        f"leaves {less[0]}, {less[1]} and {less[2]} points less",
+        f"{min(times):.2f} to {max(times):.2f} times as fast",
+        f"leaves {', '.join(less[:-1])} and {less[-1]} points less",
     ]
 
 

@@ -1,6 +1,5 @@
 """The table of trainings with and without thresholds: what it takes out of the rows."""
 
-import pytest
 import torch
 
 from benchmarks import controls
@@ -44,8 +43,3 @@ def test_an_image_stands_only_if_no_attack_broke_it(tmp_path, monkeypatch):
     monkeypatch.setattr(controls, "correct", lambda *_, **__: next(verdicts))
     found = controls.judged("some", "linf", tmp_path, "cpu")
     assert found == {"clean": 4, "pgd": 2, "autoattack": 3, "worst": 1}
-
-
-@pytest.mark.parametrize("stems", controls.TRAININGS.values())
-def test_of_two_checkpoints_only_one_is_a_control(stems):
-    assert sum(stem.startswith("control_") for stem in stems) == 1
