@@ -351,8 +351,8 @@ def front_page_words():
         f"in several from {linf[multi[0]]} to {linf[multi[1]]} %; at ℓ2 2 they lower it from "
         f"{l2[single[0]]} to {l2[single[1]]} % and from {l2[multi[0]]} to {l2[multi[1]]} %.",
         f"**Three seeds as one.** The mean of the logits of three seeds has an average certified "
-        f"radius of {acrs[0]}, {acrs[1]} and {acrs[2]} at the three σ, for 2.7 to 2.9 times the "
-        f"time.",
+        f"radius of {acrs[0]}, {acrs[1]} and {acrs[2]} at the three σ, for nearly three "
+        f"times the time.",
     ]
 
 
