@@ -4,6 +4,8 @@
 # NAME=       the model that `model` trains; it goes to models/
 # MODEL=      the checkpoint that `referee` and `worst-case` attack
 # BALL=       its ball, where it is not linf 0.3: BALL="--norm l2 --epsilon 2"
+# PEER=       another network for `strongest`; PEERS= the published rows for `differences`
+# TWO=        what starts the trainings of the best models; TWO=.venv/bin/python for one process
 # OUT=        the folder for what is measured again; the committed rows stay as they are
 
 SHELL := /bin/sh
