@@ -86,7 +86,7 @@ def _inward(images: Tensor, change: float) -> Tensor:
     0.3 is not a floating-point number and neither is the sum, so plain addition would leave
     the ball by half a unit in the last place at every other pixel.
     """
-    zero = torch.zeros((), dtype=images.dtype)
+    zero = torch.zeros((), dtype=images.dtype, device="cpu")
     stored = zero + change
     if abs(stored.item()) > abs(change):
         stored = torch.nextafter(stored, zero)

@@ -187,7 +187,8 @@ def check_function(model: nn.Module, images: Tensor, *, may_change: bool = False
     if not len(few):
         return
     # An unusual seed, so that a caller's random images are not the same.
-    others = torch.rand(few.shape, generator=torch.Generator().manual_seed(0xC0FFEE))
+    generator = torch.Generator().manual_seed(0xC0FFEE)
+    others = torch.rand(few.shape, generator=generator, device=generator.device)
     batch = torch.cat([few, others.to(few)])
     devices = [images.device] if images.is_cuda else []
     with torch.random.fork_rng(devices), evaluation_mode(model):

@@ -69,9 +69,9 @@ def apgd_attack(
 ) -> Tensor:
     """Auto-PGD (Croce and Hein, ICML 2020): steps of 2 * epsilon, halved where they stop helping.
 
-    The first start is the image itself, further ones are random in the ball. Once an image is
-    misclassified it is left alone, and that point is returned. For the other images the point of
-    highest margin is returned. Arguments and errors as for `pgd_attack`; `options`: see `Plan`.
+    The first start is the image itself, further ones are random in the ball. Once a step makes an
+    image misclassified it is left alone. For it a misclassified point is returned, for the others
+    the point of highest margin. Arguments and errors as for `pgd_attack`; `options`: see `Plan`.
     """
     plan = Plan(**options)
     images = checked(images, labels, epsilon, norm, plan.clip)

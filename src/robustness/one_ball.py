@@ -56,7 +56,7 @@ def evaluate_in_ball(
     finer = min(max(math.ceil(8 / (epsilon * GRID[norm])), 1), FINEST) if epsilon else 1
     options = {"steps": max(steps // 2, 1), "radii": [(norm, epsilon)], "finer": finer}
     found = attack_evaluation(model, test, indices, indices, **options)
-    lengths = _lengths(attacked - few.tensors[0], ~list(hits.values())[-1])
+    lengths = _lengths(attacked - few.tensors[0].cpu(), ~list(hits.values())[-1])
     rows = _with_strongest(found["smallest_epsilons"], lengths)
     worst = [row for row in rows if row["attack"] == WORST_KNOWN]
     smallest = {

@@ -34,7 +34,7 @@ def square_attack(
     l2 a square takes over the length that another had. The model is only asked for its logits, so
     hidden gradients do not stop this attack. A misclassified image is left alone.
 
-    Arguments and errors as for `pgd_attack`; `queries`: calls of the model per image, at most.
+    Arguments and errors as for `pgd_attack`; `queries`: points tried per image, at most.
     """
     images = checked(images, labels, epsilon, norm, clip)
     check_count("queries", queries)
@@ -74,7 +74,8 @@ def _sides(images: Tensor, queries: int) -> Iterator[int]:
 def _corner(images: Tensor, side: int, generator) -> tuple[slice, slice]:
     """A square anywhere in the image, the same for all images: each sees only its own."""
     starts = [
-        int(torch.randint(size - side + 1, (), generator=generator)) for size in images.shape[2:]
+        int(torch.randint(size - side + 1, (), generator=generator, device=generator.device))
+        for size in images.shape[2:]
     ]
     return tuple(slice(start, start + side) for start in starts)
 
@@ -150,9 +151,10 @@ def _bumps(images: Tensor, side: int, generator) -> Tensor:
 def _hill(height: int, width: int) -> Tensor:
     """Rises to the middle as a sum of 1 / k^2 over centred rectangles that shrink with k."""
     row, column = (
-        (torch.arange(size) - (size - 1) / 2).abs().ceil()[:, None] for size in (height, width)
+        (torch.arange(size, device="cpu") - (size - 1) / 2).abs().ceil()[:, None]
+        for size in (height, width)
     )
     edge = max(height, width) // 2
     distance = torch.maximum(row, column.T).long().clamp(max=edge)
-    steps = 1.0 / torch.arange(1, edge + 2) ** 2
+    steps = 1.0 / torch.arange(1, edge + 2, device="cpu") ** 2
     return steps.flip(0).cumsum(0).flip(0)[distance]

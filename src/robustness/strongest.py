@@ -62,22 +62,22 @@ def strongest_attack_stages(
 ) -> Iterator[tuple[str, Tensor]]:
     """The attacks one after the other, each on the images that are still standing.
 
-    First Auto-PGD on the cross-entropy, in l2 also through shrinking balls from outside, on the
-    margin from several starts, and towards single classes. Then the Square Attack, which needs no
-    gradients. If the model has `thresholds`, the
-    margin and the classes are attacked behind these as well (in linf only there). A warning says
-    if thresholds were found that cannot be taken away.
+    First Auto-PGD on the cross-entropy. In l2, then towards single classes through shrinking balls
+    from outside. Then on the margin from several starts, and towards single classes from two. Last
+    the Square Attack, which needs no gradients. If the model has `thresholds`, the margin and the
+    classes are attacked behind these as well (in linf only there). A warning says if thresholds
+    were found that cannot be taken away.
 
     The first stage attacks all images. A later one begins with the most fragile eighth of those
-    that stand, by the margin at their worst points so far, and goes on to the next eighth only
-    while it breaks images. Within an eighth it gives up after three starts or classes in a row that
-    break nothing. Most of the time would else go into images that nothing breaks.
+    that stand (at least 32), by the margin at their worst points so far, and goes on to the next
+    only while it breaks images. Within a part it gives up after three starts or classes in a row
+    that break nothing. Most of the time would else go into images that nothing breaks.
 
     Arguments as for `pgd_attack` (all that is random comes from `generator`), and:
 
     Args:
-        steps: gradient steps per start.
-        restarts: starts on the margin; there are two per target.
+        steps: gradient steps per start; from outside a tenth, in each of 20 balls.
+        restarts: starts on the margin.
         targets: how many of the most likely other classes to approach.
         queries: of the Square Attack, the last stage.
         thorough: give every stage all images that stand, and all its starts and classes.
@@ -90,7 +90,9 @@ def strongest_attack_stages(
             depends on its batch or changes from call to call.
     """
     images = checked(images, labels, epsilon, norm, clip)
-    check_count("targets", targets)
+    counts = {"steps": steps, "restarts": restarts, "targets": targets, "queries": queries}
+    for name, value in counts.items():
+        check_count(name, value)
     check_function(model, images)
     generator = generator or torch.Generator().manual_seed(0)
     worst = Worst(None, images, labels, "margin", False)
@@ -151,8 +153,7 @@ def removable_thresholds(model: nn.Module, images: Tensor) -> bool:
     if thresholds is not None:
         try:
             with torch.inference_mode(False), evaluation_form(network) as form:
-                if len(images):
-                    behind_thresholds(form, images, thresholds)
+                behind_thresholds(form, images, thresholds)
             return True
         except (AttributeError, TypeError, ValueError, RuntimeError):
             pass
@@ -217,7 +218,7 @@ def attack_by_stage(
     parts = batches(model, *dataset.tensors, batch_size=batch_size)
     with evaluation_form(model, probe=True) as network:
         for images, labels in progress_bar(progress, parts, desc="attacking", total=total):
-            standing = torch.ones(len(labels), dtype=torch.bool)
+            standing = torch.ones(len(labels), dtype=torch.bool, device="cpu")
             stages = strongest_attack_stages(model, images, labels, epsilon, norm, **options)
             for name, points in stages:
                 # The same network and batch for every stage, so that rounding cannot decide.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from src.attacks import checked
 from src.balls import direction, l2_rounding, linf_box, projection, scaled_to_largest
-from src.checks import checked_logits
+from src.checks import ask, checked_logits
 from src.engine.parts import apply_thresholds
 from src.engine.untouched import evaluation_form, unwrapped
 from src.robustness.apgd import Plan, search
@@ -56,20 +56,27 @@ def thresholds_attack(
         points = projection(images, epsilon, norm, plan.clip)(space.pixels(found))
         # The network itself judges the pixels: its rounding may differ.
         worst = Worst(network, images, labels, "margin", False)
-        for candidates in (images, points):
-            worst.visit(candidates, want_gradient=False)
+        worst.visit(images, want_gradient=False)
+        chosen = worst.standing.nonzero()[:, 0]
+        worst.visit(points[chosen], chosen, want_gradient=False)
     return worst.points
 
 
 @torch.no_grad()
 def behind_thresholds(network: nn.Module, images: Tensor, thresholds) -> nn.Module:
-    """`network` without its thresholds; ValueError if it is not the rest of the network."""
+    """`network` without its thresholds; ValueError if it is not the rest of the network.
+
+    That is seen on random images of the size of `images`: on pixels that are 0 and 1 already, to
+    cut once more changes nothing.
+    """
     # Shallow: the same weights, but only the copy loses its thresholds.
     behind = copy.copy(network)
     # Past a property, which an altered Ensemble has: the check below finds that it has no effect.
     vars(behind)["thresholds"] = None
-    expected = checked_logits(network(images), len(images))
-    found = behind(apply_thresholds(images, thresholds))
+    shape, generator = (8, *images.shape[1:]), torch.Generator().manual_seed(0)
+    probes = torch.rand(shape, generator=generator, device=generator.device).to(images)
+    expected = checked_logits(ask(network, probes), len(probes))
+    found = ask(behind, apply_thresholds(probes, thresholds))
     size = float(expected.nan_to_num().abs().max())
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * size, equal_nan=True):
         raise ValueError(

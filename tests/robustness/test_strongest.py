@@ -131,6 +131,16 @@ def test_misclassified_images_are_left_alone(attack):
     assert not torch.equal(attacked, images)
 
 
+def test_misclassified_images_come_back_bit_for_bit_behind_wide_thresholds():
+    # Between these the way to the ramp and back rounds.
+    images, labels = random_batch(20, classes=5)
+    model = RampedLinear(5, thresholds=(0.1, 0.9))
+    attacked = thresholds_attack(model, images, labels, 0.3, steps=5)
+    broken = wrong(model, images, labels)
+    assert 0 < broken.sum() < 20
+    assert torch.equal(attacked[broken], images[broken])
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_only_the_generator_changes_the_result(trained, attack, norm):
@@ -172,6 +182,56 @@ def test_bad_arguments_are_named(attack, name, value):
     arguments = {"images": images, "labels": labels, "epsilon": 0.1, name: value}
     with pytest.raises(ValueError, match=f"'{name}'"):
         attack(RampedLinear(10), **arguments)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("name", ["steps", "restarts", "targets", "queries"])
+def test_the_strongest_attack_names_bad_arguments_before_it_begins(name, count):
+    images, labels = random_batch(count)
+    stages = strongest_attack_stages(Linear(10), images, labels, 0.1, **{name: "100"})
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        next(stages)
+
+
+class AlwaysCut(Linear):
+    """Cuts at its thresholds whatever the attribute says."""
+
+    thresholds = THRESHOLDS
+
+    def forward(self, images):
+        return super().forward(apply_thresholds(images, THRESHOLDS))
+
+
+def test_thresholds_that_stay_are_seen_on_images_of_black_and_white_too():
+    # On pixels that are 0 and 1 already, to cut once more changes nothing.
+    images, labels = random_batch(5)
+    images = images.round()
+    with pytest.raises(ValueError, match="'model' does not apply its thresholds"):
+        thresholds_attack(AlwaysCut(10), images, labels, 0.1)
+    with pytest.warns(UserWarning, match="thresholds that cannot be taken away"):
+        stages = dict(strongest_attack_stages(AlwaysCut(10), images, labels, 0.1, **BRIEF))
+    assert "apgd margin" in stages
+    assert "thresholds apgd margin" not in stages
+
+
+def test_behind_thresholds_a_network_in_float64_is_asked_in_its_own_precision():
+    images, labels = random_batch(5)
+    torch.manual_seed(0)
+    model = Ramped(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double())
+    stages = dict(strongest_attack_stages(model, images, labels, 0.1, **BRIEF))
+    assert "thresholds apgd margin" in stages
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_default_device_for_new_tensors_changes_nothing(attack, norm):
+    images, labels = random_batch(5)
+    model = RampedLinear(10)
+    expected = ATTACKS[attack](model, images, labels, 0.1, norm)
+    # A stand-in for CUDA: every tensor that is made without a device would land there.
+    with torch.device("meta"):
+        found = ATTACKS[attack](model, images, labels, 0.1, norm)
+    assert torch.equal(found, expected)
 
 
 def test_no_queries_are_refused():
@@ -443,8 +503,10 @@ def test_later_stages_stop_at_the_first_eighth_in_which_nothing_breaks():
     assert next(stages)[0] == "clean"
     assert next(stages)[0] == "apgd cross-entropy"
     network.counts.clear()
-    for _ in stages:
-        assert max(n for n in network.counts if n != 400) <= 50
+    assert len(list(stages)) == 3
+    # One part for each: margin 1 + 2 starts, classes 1 + 3 of 2 * 2 starts (then its patience is
+    # at an end), of 4 points each; Square 1 + 10 points; the verdict after each.
+    assert network.counts == [50] * (10 + 14 + 12)
     network.counts.clear()
     list(strongest_attack_stages(network, images, labels, 1e-6, **BRIEF, thorough=True))
     assert network.counts.count(400) > 3 * 4
