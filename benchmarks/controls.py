@@ -61,6 +61,7 @@ def judged(stem: str, norm: str, folder: Path, device: str) -> dict:
     ours = correct(model, batch, attack=partial(strongest_attack, **ball))
     referee = [bool(int(row["robust"])) for row in rows]
     return {
+        "images": len(rows),
         "clean": sum(int(row["clean"]) for row in rows),
         "pgd": int(pgd.sum()),
         "autoattack": sum(int(row["square"]) for row in rows),
@@ -75,7 +76,8 @@ def control_lines(rows: Iterable[Mapping]) -> str:
         return f"{100 * int(row[name]) / int(row['images']):.1f}"
 
     networks: dict[tuple, list] = {}
-    for row in rows:
+    # In the order of the header, in which those of a network that was judged again are not.
+    for row in sorted(rows, key=lambda row: list(BALLS).index(row["norm"])):
         first = (row["training"], row["thresholds"])
         cells = networks.setdefault(first, [*first, share(row, "clean")])
         cells += [share(row, name) for name in ("pgd", "autoattack", "worst")]
@@ -102,7 +104,7 @@ def main(argv=None):
                 if (stem, norm) in done:
                     continue
                 row = {"training": training, "thresholds": thresholds, "checkpoint": stem}
-                row |= {"norm": norm, "epsilon": BALLS[norm], "images": IMAGES}
+                row |= {"norm": norm, "epsilon": BALLS[norm]}
                 row |= judged(stem, norm, args.rows.parent / "controls", args.device)
                 rows.append(row | {"commit": code_commit()})
                 write_rows(args.rows, rows)

@@ -189,6 +189,10 @@ def main():
         parser.error(f"{PEER} needs --peer.")
     batch = subset(load_mnist("test", args.data), autoattack.ORDER[: args.images])
     rows = read_rows(args.rows) if args.rows.exists() else []
+    if rows and ("ours" in rows[0]) == args.quick:
+        parser.error(f"{args.rows} has rows {'without' if args.quick else 'with'} --quick.")
+    if rows and int(rows[0]["images"]) != len(batch):
+        parser.error(f"{args.rows} has rows of --images {rows[0]['images']}.")
     lines = quick_lines if args.quick else strongest_lines
     for name, (norm, epsilon, network) in networks(args.peer).items():
         if args.only in (None, name) and name not in [row["model"] for row in rows]:
